@@ -1,0 +1,36 @@
+"""The one way Fivefold tells a user that their input cannot be used."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """What the user gave cannot be used: said in one message, exit code 2.
+
+    path: where the value stands (`layout.tp`, a file, a run id); value: what was given; rule: what it
+    must satisfy, with the numbers; nearest: a valid choice, if one can be named.
+    """
+
+    def __init__(self, path: str, value: object, rule: str, nearest: object = None) -> None:
+        self.path, self.value, self.rule, self.nearest = path, value, rule, nearest
+        shown = path if value is None else f"{path}={value}"
+        hint = "" if nearest is None else f"; nearest valid: {nearest}"
+        super().__init__(f"{shown}: {rule}{hint}")
+
+
+class InputErrors(InputError):
+    """Several of them at once, so that nobody mends a spec one message at a time."""
+
+    def __init__(self, errors: Iterable[InputError]) -> None:
+        self.errors = list(errors)
+        first = self.errors[0]
+        super().__init__(first.path, first.value, first.rule, first.nearest)
+        self.args = ("\n".join(str(error) for error in self.errors),)
+
+
+def closest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice spelled most like `word`, or None where none is near."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return found[0] if found else None

@@ -1,0 +1,105 @@
+"""The job spec: everything that decides a training run, frozen, checked once, saved as job.json."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from jobs.architecture import ModelArchitecture, Spec
+
+
+class DataSpec(Spec):
+    """Text to train on. `files` are fsspec URLs or globs; `stdlib:**/*.py` is the running interpreter's library."""
+
+    files: tuple[str, ...] = Field(min_length=1)
+    tokenizer: str = Field("bytes", description="'bytes', or the path of a tokenizers JSON file")
+    validation_fraction: float = Field(0.02, ge=0, lt=1, description="share of the text kept out of training")
+    cache: str | None = Field(None, description="folder of the token cache; default: the user's cache folder")
+
+
+class ClusterSpec(Spec):
+    """`nodes` machines of `devices_per_node` equal devices; `hardware` names a profile of parallel/hardware.py."""
+
+    name: str
+    device: Literal["cpu", "cuda"]
+    hardware: str
+    nodes: int = Field(1, ge=1)
+    devices_per_node: int = Field(ge=1)
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.devices_per_node
+
+
+class LayoutSpec(Spec):
+    """The degrees a user fixes; those left None are planned. Names as in Megatron-Core."""
+
+    tp: int | None = Field(None, ge=1)
+    cp: int | None = Field(None, ge=1)
+    pp: int | None = Field(None, ge=1)
+    vpp: int | None = Field(None, ge=1)
+    dp: int | None = Field(None, ge=1)
+    ep: int | None = Field(None, ge=1)
+    etp: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1, description="sequences a rank computes at once")
+
+
+class TrainSpec(Spec):
+    """The optimisation problem. None of it depends on the layout."""
+
+    steps: int = Field(ge=1)
+    sequence_length: int = Field(ge=2)
+    global_batch: int = Field(ge=1, description="sequences a step, over all ranks")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    learning_rate: float = Field(gt=0)
+    min_learning_rate: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    clip_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
+    seed: int = Field(1234, ge=0)
+    eval_interval: int = Field(0, ge=0, description="steps between validations; 0: only after the last step")
+    eval_batches: int = Field(4, ge=0, description="global batches a validation reads; 0: none")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSpec:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} exceeds steps={self.steps}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate={self.min_learning_rate} exceeds learning_rate={self.learning_rate}")
+        return self
+
+
+class CheckpointSpec(Spec):
+    interval: int = Field(ge=1, description="steps between checkpoints; the last step always writes one")
+    keep: int = Field(3, ge=1, description="newest checkpoints kept")
+
+
+class PolicySpec(Spec):
+    max_restarts: int = Field(3, ge=0, description="failed attempts a run survives")
+    grace_seconds: float = Field(60.0, gt=0, description="time to write a checkpoint when asked to stop")
+    start_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for the cluster's devices")
+
+
+class FaultSpec(Spec):
+    """An injected fault: rank `kill_rank` is killed with SIGKILL when it begins step `at_step`, once a run."""
+
+    kill_rank: int | None = Field(None, ge=0)
+    at_step: int = Field(1, ge=1)
+
+
+class JobSpec(Spec):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    model: ModelArchitecture
+    data: DataSpec
+    cluster: ClusterSpec
+    layout: LayoutSpec
+    train: TrainSpec
+    checkpoint: CheckpointSpec
+    policy: PolicySpec
+    fault: FaultSpec = FaultSpec()
+    run_root: str = Field("runs", description="folder of run folders: a local path or an fsspec URL")

@@ -1,0 +1,83 @@
+"""What crosses a process boundary: pure data, JSON on the wire, the same words in every file of a run folder."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from jobs.spec import JobSpec
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RankLaunch(Message):
+    """What one rank needs to start. `store_port` is already listening when ranks are forked; rank 0 serves it."""
+
+    run_id: str
+    attempt: int
+    rank: int
+    local_rank: int
+    store_address: str
+    store_port: int
+    run_folder: str
+    job: JobSpec
+    checkpoint_step: int | None = Field(description="manifest to load before the first step; None starts afresh")
+    inject_fault: bool = Field(False, description="whether job.fault still applies in this attempt")
+
+
+class StepReport(Message):
+    """One rank's account of one step. Loss and gradient norm are global: the same number on every rank."""
+
+    type: Literal["step"] = "step"
+    attempt: int
+    rank: int
+    step: int = Field(description="steps trained when it ended; the first step of a run is 1")
+    loss: float = Field(description="mean over the step's tokens, nats")
+    grad_norm: float
+    learning_rate: float
+    tokens: int = Field(description="of the whole step, over all ranks")
+    step_seconds: float
+    phase_seconds: dict[str, float] = Field(default_factory=dict, description="data, compute, checkpoint, evaluate")
+    memory_bytes: int = Field(description="peak: device memory on CUDA, resident set on CPU")
+    validation_loss: float | None = None
+
+
+class Event(Message):
+    """An append-only fact. `kind` is what programs read, `message` what people read."""
+
+    type: Literal["event"] = "event"
+    kind: str
+    message: str
+    at: float = Field(default_factory=time.time, description="Unix seconds")
+    attempt: int = 0
+    rank: int | None = None
+    node: str | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+Report = StepReport | Event
+_reports: TypeAdapter[Report] = TypeAdapter(Report)
+
+
+def parse_report(line: bytes | str) -> Report:
+    return _reports.validate_json(line)
+
+
+class Restart(Message):
+    """Decision: end the attempt and start the next from the newest good checkpoint."""
+
+    reason: str
+
+
+class Stop(Message):
+    """Decision: end the run in `state`."""
+
+    state: Literal["done", "failed", "cancelled", "interrupted"]
+    reason: str
+
+
+Decision = Restart | Stop

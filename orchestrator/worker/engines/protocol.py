@@ -1,0 +1,55 @@
+"""What the training loop asks of an engine. Everything else (data, schedule, reports, manifests) is the loop's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: int64 arrays of shape [micro_batch, sequence_length]; labels are tokens shifted by one."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    """float32, 1 where a label counts."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global figures of one optimizer step, the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy over the step's counted labels, nats, without auxiliary losses."""
+    grad_norm: float
+    """L2 norm of the whole gradient before clipping."""
+
+
+class Engine(Protocol):
+    """One rank's part of a model in training. Every method is collective: all ranks call it in the same order.
+
+    Built by `build(job, layout, device)` of its module after `torch.distributed` is initialised.
+    """
+
+    parameters: int
+    """Parameters of the whole model, over all ranks."""
+
+    def train_step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
+        """Forward and backward over this rank's micro-batches, clip, and one optimizer step.
+
+        Random numbers are drawn from (seed, step) alone, so that a resumed run draws what an undisturbed one would.
+        """
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Mean cross-entropy over all ranks' batches, nats; leaves the training state as it was."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state, resharding-ready, under `folder` (on a disk that all ranks share)."""
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, at this engine's layout, whatever layout wrote it."""
