@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jobs.architecture import ModelArchitecture, Spec
 
@@ -16,6 +16,11 @@ class DataSpec(Spec):
     tokenizer: str = Field("bytes", description="'bytes', or the path of a tokenizers JSON file")
     validation_fraction: float = Field(0.02, ge=0, lt=1, description="share of the text kept out of training")
     cache: str | None = Field(None, description="folder of the token cache; default: the user's cache folder")
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_file(cls, files: object) -> object:
+        return (files,) if isinstance(files, str) else files
 
 
 class ClusterSpec(Spec):
@@ -102,4 +107,3 @@ class JobSpec(Spec):
     checkpoint: CheckpointSpec
     policy: PolicySpec
     fault: FaultSpec = FaultSpec()
-    run_root: str = Field("runs", description="folder of run folders: a local path or an fsspec URL")

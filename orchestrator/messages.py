@@ -25,7 +25,7 @@ class RankLaunch(Message):
     store_port: int
     run_folder: str
     job: JobSpec
-    checkpoint_step: int | None = Field(description="manifest to load before the first step; None starts afresh")
+    checkpoint_steps: tuple[int, ...] = Field(description="checkpoints to resume from, best first; none: start afresh")
     inject_fault: bool = Field(False, description="whether job.fault still applies in this attempt")
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from jobs.errors import InputError
+from jobs.spec import LayoutSpec
 
 ATTENTION_AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("etp", "ep", "edp", "pp")
@@ -53,6 +54,11 @@ class Layout:
                 f"tp*cp*dp={self.tp}*{self.cp}*{self.dp}={plane}",
                 _nearest_divisor(plane // self.etp, self.ep) if plane % self.etp == 0 else None,
             )
+
+    @classmethod
+    def of(cls, spec: LayoutSpec) -> Layout:
+        """The layout of a resolved spec; degrees that it leaves None are 1."""
+        return cls(**{axis: degree for axis, degree in spec.model_dump(exclude={"micro_batch"}).items() if degree})
 
     @property
     def world(self) -> int:
@@ -109,9 +115,8 @@ class Layout:
     @cached_property
     def label(self) -> str:
         """Degrees above 1, for a table or a log line: `tp2 dp2 ep2`."""
-        shown = [f"{axis}{self.degree(axis)}" for axis in ("tp", "cp", "dp", "pp", "vpp", "ep") if self.degree(axis) > 1]
-        if self.etp != 1:
-            shown.append(f"etp{self.etp}")
+        axes = ("tp", "cp", "dp", "pp", "vpp", "ep", "etp")
+        shown = [f"{axis}{self.degree(axis)}" for axis in axes if self.degree(axis) > 1]
         return " ".join(shown) or "one rank"
 
     def as_dict(self) -> dict[str, int | bool]:
@@ -119,13 +124,13 @@ class Layout:
 
 
 def layouts(world: int, *, expert_parallel: bool) -> Iterator[Layout]:
-    """Every layout of exactly `world` ranks without virtual stages; only ep = 1, etp = tp without experts."""
+    """Every layout of exactly `world` ranks without virtual stages; only ep = etp = 1 without experts."""
     for tp, cp, pp in itertools.product(divisors(world), repeat=3):
         if world % (tp * cp * pp):
             continue
         dp = world // (tp * cp * pp)
         if not expert_parallel:
-            yield Layout(tp=tp, cp=cp, dp=dp, pp=pp, etp=tp)
+            yield Layout(tp=tp, cp=cp, dp=dp, pp=pp)
             continue
         plane = tp * cp * dp
         for etp in divisors(plane):

@@ -1,0 +1,176 @@
+"""From a job's name and overrides to a frozen JobSpec. The only file that imports hydra.
+
+`conf/` holds one folder a group; a file of `conf/job` picks one of each group and adjusts it. A user's own YAML file has
+the same form and is given by its path.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from jobs.architecture import Spec
+from jobs.errors import InputError, InputErrors, closest
+from jobs.spec import JobSpec
+
+CONF = Path(__file__).parent / "conf"
+GROUPS = ("model", "cluster", "data", "layout", "train", "checkpoint", "policy")
+
+
+def job_names() -> list[str]:
+    return choices("job")
+
+
+def choices(group: str) -> list[str]:
+    """Names that a group offers: the files of its folder."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def compose(job: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """The spec of a shipped job (`quickstart`) or of a YAML file, with overrides like `layout.tp=2` or `cluster=h200_x8`.
+
+    Raises InputError (several at once where several values are wrong).
+    """
+    folder, name = _locate(job)
+    pairs = [_split(override) for override in overrides]
+    _check_keys(pairs, folder)
+    return validate(_hydra(folder, name, pairs))
+
+
+def amend(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
+    """A saved spec with single values changed (`train.steps=200`); whole groups other than `cluster` stay as they are."""
+    tree = spec.model_dump(mode="json")
+    pairs = [_split(override) for override in overrides]
+    _check_keys(pairs, CONF)
+    for key, value in pairs:
+        if key in GROUPS:
+            tree[key] = yaml.safe_load((CONF / key / f"{value}.yaml").read_text())
+            continue
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = yaml.safe_load(value)
+    return validate(tree)
+
+
+def validate(tree: dict[str, Any]) -> JobSpec:
+    try:
+        return JobSpec.model_validate(tree)
+    except ValidationError as error:
+        raise InputErrors(_explain(error)) from None
+
+
+def load(text: str | bytes, source: str) -> JobSpec:
+    """The spec of a saved job.json."""
+    try:
+        return validate(json.loads(text))
+    except ValueError as error:
+        raise InputError(source, None, f"is not a job spec: {error}") from None
+
+
+def keys(spec: type[Spec] = JobSpec, prefix: str = "") -> Iterator[str]:
+    """Every key of the spec, dotted: what an override may name."""
+    for name, field in spec.model_fields.items():
+        inner = _nested(field.annotation)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from keys(inner, f"{prefix}{name}.")
+
+
+def _nested(annotation: Any) -> type[Spec] | None:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Spec):
+            return candidate
+    return None
+
+
+def _locate(job: str) -> tuple[Path, str]:
+    if job.endswith((".yaml", ".yml")) or "/" in job:
+        path = Path(job).expanduser()
+        if not path.is_file():
+            raise InputError("job", job, "no such file")
+        return path.parent.resolve(), path.name
+    if job not in job_names():
+        raise InputError(
+            "job", job, f"is not one of {', '.join(job_names())}, nor the path of a .yaml file", closest(job, job_names())
+        )
+    return CONF, f"job/{job}"
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, found, value = override.partition("=")
+    if not found or not re.fullmatch(r"[a-z0-9_.]+", key):
+        raise InputError("override", override, "has the form key=value, like layout.tp=2 or cluster=h200_x8")
+    return key, value
+
+
+def _check_keys(pairs: list[tuple[str, str]], folder: Path) -> None:
+    known = [*keys(), *GROUPS]
+    errors = []
+    for key, value in pairs:
+        if key not in known:
+            errors.append(InputError(key, value, "no such key", _closest_key(key, known)))
+        elif key in GROUPS:
+            offered = sorted({*choices(key), *(path.stem for path in (folder / key).glob("*.yaml"))})
+            if value not in offered:
+                errors.append(
+                    InputError(key, value, f"is not one of {', '.join(offered)}", closest(value, offered))
+                )
+    if errors:
+        raise InputErrors(errors)
+
+
+def _closest_key(key: str, known: list[str]) -> str | None:
+    """`nodes` should find `cluster.nodes`, `layout.pt` should find `layout.tp`."""
+    same_leaf = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return same_leaf[0] if same_leaf else closest(key, known)
+
+
+def _hydra(folder: Path, name: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    groups = [f"{key}={value}" for key, value in pairs if key in GROUPS]
+    values = [f"++{key}={value}" for key, value in pairs if key not in GROUPS]
+    search = [] if folder == CONF else [f"hydra.searchpath=[file://{CONF}]"]
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+            composed = hydra_compose(config_name=name, overrides=[*search, *groups, *values])
+            tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(str(name if folder == CONF else folder / name), None, first_line) from None
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _explain(error: ValidationError) -> Iterator[InputError]:
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        value = problem["input"]
+        if problem["type"] == "extra_forbidden":
+            yield InputError(path, value, "no such key", _closest_key(path, list(keys())))
+        elif problem["type"] == "missing":
+            yield InputError(path, None, "is missing")
+        else:
+            rule = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            yield InputError(path, None if isinstance(value, dict | Spec) else value, rule, _bound(problem.get("ctx", {})))
+
+
+def _bound(context: dict[str, Any]) -> object:
+    for name in ("ge", "le", "expected"):
+        if name in context:
+            return context[name]
+    return context["gt"] + 1 if isinstance(context.get("gt"), int) else None

@@ -1,0 +1,232 @@
+"""The machines of one run as the controller sees them: a gang of node agents on Ray. The only place that talks to Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from jobs.errors import InputError
+from jobs.spec import ClusterSpec, JobSpec
+from orchestrator.messages import Event, RankLaunch, Report, parse_report
+from orchestrator.run_folder import RunFolder
+
+_CONNECT_SECONDS = 3.0
+_POLL_WAIT_SECONDS = 1.0
+
+
+class Cluster:
+    """Node agents of a run, one a node, reserved together. Node `i` hosts the ranks of the i-th block of devices."""
+
+    def __init__(self, run: RunFolder, job: JobSpec) -> None:
+        self._run, self._job = run, job
+        self._group: Any = None
+        self._agents: list[Any] = []
+        self._polls: dict[Any, int] = {}
+        self._preparing: list[Any] = []
+        self.nodes: list[str] = []
+
+    def request(self) -> None:
+        """Ask Ray for all nodes at once; `granted` tells when they are there."""
+        from ray.util.placement_group import placement_group
+
+        spec = self._job.cluster
+        bundle: dict[str, float] = {"CPU": 1}
+        if spec.device == "cuda":
+            bundle["GPU"] = spec.devices_per_node
+        self._group = placement_group([bundle] * spec.nodes, strategy="STRICT_SPREAD")
+
+    def granted(self, wait_seconds: float) -> bool:
+        return bool(self._group.wait(wait_seconds))
+
+    def start_agents(self) -> None:
+        """Create the agents and have them warm their zygotes; `prepare` waits for that."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from orchestrator.node.agent import NodeAgent
+
+        spec = self._job.cluster
+        session = secrets.token_hex(4)
+        self.nodes = [f"node-{index}" for index in range(spec.nodes)]
+        actor = ray.remote(NodeAgent)
+        self._agents = [
+            actor.options(
+                num_cpus=1,
+                num_gpus=spec.devices_per_node if spec.device == "cuda" else 0,
+                max_concurrency=4,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
+            ).remote(self._run.place, node, session, self._job.model_dump(mode="json"))
+            for index, node in enumerate(self.nodes)
+        ]
+
+        self._preparing = [agent.prepare.remote() for agent in self._agents]
+
+    def prepare(self, wait_seconds: float) -> bool:
+        """Whether every agent is ready to launch ranks."""
+        import ray
+
+        done, waiting = ray.wait(self._preparing, num_returns=len(self._preparing), timeout=wait_seconds)
+        ray.get(done)
+        return not waiting
+
+    def open_store(self) -> tuple[str, int]:
+        import ray
+
+        address, port = ray.get(self._agents[0].open_store.remote())
+        return str(address), int(port)
+
+    def launch(self, launches: Sequence[RankLaunch]) -> None:
+        import ray
+
+        per_node = self._job.cluster.devices_per_node
+        blocks: dict[int, list[dict[str, Any]]] = {}
+        for launch in launches:
+            blocks.setdefault(launch.rank // per_node, []).append(launch.model_dump(mode="json"))
+        ray.get([self._agents[index].launch.remote(block) for index, block in blocks.items()])
+
+    def poll(self, timeout_seconds: float) -> list[Report]:
+        """What any agent has to tell; a lost agent is told as an event of kind `node_lost`."""
+        import ray
+        from ray.exceptions import RayError
+
+        waited_for = set(self._polls.values())
+        for index, agent in enumerate(self._agents):
+            if index not in waited_for:
+                self._polls[agent.poll.remote(_POLL_WAIT_SECONDS)] = index
+        done, _ = ray.wait(list(self._polls), num_returns=1, timeout=timeout_seconds)
+        if done:
+            done, _ = ray.wait(list(self._polls), num_returns=len(self._polls), timeout=0)
+        found: list[Report] = []
+        for future in done:
+            node = self.nodes[self._polls.pop(future)]
+            try:
+                found += [parse_report(line) for line in ray.get(future)]
+            except RayError as error:
+                text = f"the agent of {node} is gone: {str(error).splitlines()[0]}"
+                found.append(Event(kind="node_lost", message=text, node=node))
+        return found
+
+    def ask_to_stop(self) -> None:
+        self._all("ask_to_stop")
+
+    def kill_ranks(self) -> None:
+        """End every rank on every node that still answers; returns when they are gone."""
+        self._all("kill")
+
+    def release(self) -> None:
+        """Give every node back. Detached groups leak, so this one is removed whatever happened before."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        self._all("close")
+        for agent in self._agents:
+            ray.kill(agent)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._group, self._agents, self._polls = None, [], {}
+
+    def _all(self, method: str) -> list[Any]:
+        """Call every agent; those that are gone are `poll`'s to tell."""
+        import ray
+        from ray.exceptions import RayError
+
+        answers = []
+        for future in [getattr(agent, method).remote() for agent in self._agents]:
+            with contextlib.suppress(RayError):
+                answers.append(ray.get(future))
+        return answers
+
+
+def start_embedded(spec: ClusterSpec) -> None:
+    """Ray on this machine alone, on the loopback interface."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=spec.nodes,
+        num_gpus=spec.devices_per_node if spec.device == "cuda" else 0,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def connect() -> None:
+    """The Ray cluster that this process is a job of."""
+    import ray
+
+    ray.init(address="auto", log_to_driver=False, configure_logging=False)
+
+
+def check_embedded(spec: ClusterSpec) -> None:
+    """Refuse, before anything is started, what this one machine cannot run."""
+    if spec.nodes > 1:
+        raise InputError(
+            "cluster.nodes", spec.nodes, "`run` trains on this one machine; `submit` goes to a Ray cluster of several", 1
+        )
+    if spec.device == "cuda" and spec.devices_per_node > (here := local_gpus()):
+        rule = f"cluster {spec.name} needs {spec.devices_per_node} GPUs, this machine has {here}"
+        raise InputError("cluster.devices_per_node", spec.devices_per_node, rule, here or "cluster=laptop")
+
+
+def local_gpus() -> int:
+    """GPUs that a process started here may use, without importing torch or opening a device."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    return len(found) if visible is None else min(len(found), len([part for part in visible.split(",") if part.strip()]))
+
+
+def check_cluster(address: str | None, spec: ClusterSpec) -> Any:
+    """A job client of the Ray cluster at `address`, once it answers and could ever hold the job."""
+    if not address:
+        raise InputError("RAY_ADDRESS", "", "is not set; `submit` needs a Ray cluster's address", "127.0.0.1:6379")
+    _check_answers(address)
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        nodes = _cluster_nodes(client)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError("RAY_ADDRESS", address, f"does not accept jobs: {str(error).splitlines()[0]}") from None
+    fitting = sum(1 for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= _gpus(spec))
+    if fitting < spec.nodes:
+        need = f"{_gpus(spec)} GPUs each" if _gpus(spec) else "a CPU each"
+        rule = f"cluster {spec.name} needs {spec.nodes} nodes with {need}; of the {len(nodes)} at {address} {fitting} have that"
+        raise InputError("cluster.nodes", spec.nodes, rule, fitting or None)
+    return client
+
+
+def _gpus(spec: ClusterSpec) -> int:
+    return spec.devices_per_node if spec.device == "cuda" else 0
+
+
+def _cluster_nodes(client: Any) -> list[dict[str, float]]:
+    """Resources of each live node, from the state API of the cluster's head."""
+    from ray.util.state import list_nodes
+
+    found = list_nodes(address=client.get_address(), limit=10_000, raise_on_missing_output=False)
+    return [dict(node.resources_total) for node in found if node.state == "ALIVE"]
+
+
+def _check_answers(address: str) -> None:
+    """Connect to host:port once: Ray itself would retry a wrong address for minutes."""
+    parsed = urlparse(address if "://" in address else f"ray://{address}")
+    try:
+        port = parsed.port or (443 if parsed.scheme == "https" else 80)
+        if not parsed.hostname:
+            raise ValueError("no host name in it")
+    except ValueError as error:
+        raise InputError("RAY_ADDRESS", address, f"is not host:port or http://host:port: {error}", "127.0.0.1:6379") from None
+    try:
+        socket.create_connection((parsed.hostname, port), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise InputError("RAY_ADDRESS", address, f"does not answer: {error.strerror or error}") from None

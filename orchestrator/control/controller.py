@@ -1,0 +1,239 @@
+"""One a job: observe what the agents tell, decide by the policies, act on the cluster. Imports no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from jobs.spec import JobSpec
+from orchestrator import manifests
+from orchestrator.control.policies import Failure, after_failure
+from orchestrator.control.record import RunRecord
+from orchestrator.messages import Decision, Event, RankLaunch, Report, Restart, StepReport, Stop
+from orchestrator.run_folder import RunFolder
+from parallel.layout import Layout
+
+_POLL_SECONDS = 0.25
+_BLAME_SECONDS = 0.05
+_CANCEL_LOCAL_SECONDS = 0.25
+_CANCEL_REMOTE_SECONDS = 5.0
+CANCEL_REQUEST = "requests/cancel"
+LEFT_ON_REQUEST = 75
+
+Throughput = Callable[[float], dict[str, float]]
+"""From tokens a second to what metrics.jsonl says of it: tokens_per_second, and mfu where the peak is known."""
+
+
+class Machines(Protocol):
+    """What the controller asks of a cluster; control/cluster.py gives it on Ray."""
+
+    nodes: list[str]
+
+    def request(self) -> None: ...
+    def granted(self, wait_seconds: float) -> bool: ...
+    def start_agents(self) -> None: ...
+    def prepare(self, wait_seconds: float) -> bool: ...
+    def open_store(self) -> tuple[str, int]: ...
+    def launch(self, launches: list[RankLaunch]) -> None: ...
+    def poll(self, timeout_seconds: float) -> list[Report]: ...
+    def ask_to_stop(self) -> None: ...
+    def kill_ranks(self) -> None: ...
+    def release(self) -> None: ...
+
+
+class Controller:
+    """Runs a job to its end, through as many attempts as its policy allows."""
+
+    def __init__(self, job: JobSpec, record: RunRecord, machines: Machines, throughput: Throughput) -> None:
+        self._job, self._record, self._machines, self._throughput = job, record, machines, throughput
+        self._layout = Layout.of(job.layout)
+        self._failures: list[Failure] = []
+        self._stop_wanted: Literal["cancelled", "interrupted"] | None = None
+        self._kill_wanted = False
+        self._looked_for_cancel = 0.0
+        self._checkpoint_seconds = 0.0
+
+    def interrupt(self) -> None:
+        """Checkpoint and leave; asked twice: leave at once. Safe to call from a signal handler."""
+        self._kill_wanted = self._stop_wanted is not None
+        self._stop_wanted = "interrupted"
+
+    def run(self) -> Stop:
+        """Train until done, given up or asked to stop. The outcome is recorded before it is returned."""
+        try:
+            outcome = self._run()
+        except BaseException as error:
+            self._record.end("failed", f"the controller failed: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._machines.release()
+        self._record.end(outcome.state, outcome.reason)
+        return outcome
+
+    def _run(self) -> Stop:
+        outcome = self._acquire()
+        while outcome is None:
+            decision = self._attempt()
+            if isinstance(decision, Stop):
+                outcome = decision
+                continue
+            self._tell("restarting", f"restarting: {decision.reason}")
+            if self._failures and self._failures[-1].kind == "node_lost":
+                self._machines.release()
+                outcome = self._acquire()
+        return outcome
+
+    def _acquire(self) -> Stop | None:
+        """Wait for all nodes of the job and warm their zygotes; None once they are ready."""
+        spec, policy = self._job.cluster, self._job.policy
+        self._record.set_state("queued")
+        self._record.ledger.switch("queue", time.time())
+        self._tell("nodes_requested", f"waiting for {spec.nodes} x {spec.devices_per_node} {spec.device} devices")
+        self._machines.request()
+        deadline = time.monotonic() + policy.start_timeout_seconds
+        while not self._machines.granted(_POLL_SECONDS):
+            if time.monotonic() > deadline:
+                return Stop(state="failed", reason=f"no devices within {policy.start_timeout_seconds:.0f} s")
+            if stop := self._stopped():
+                return stop
+        self._record.ledger.switch("restart", time.time())
+        began = time.monotonic()
+        self._machines.start_agents()
+        while not self._machines.prepare(_POLL_SECONDS):
+            self._record.confirm()
+            if stop := self._stopped():
+                return stop
+        self._tell("nodes_ready", f"{', '.join(self._machines.nodes)} ready in {time.monotonic() - began:.1f} s")
+        return None
+
+    def _attempt(self) -> Decision:
+        """One gang of ranks from launch to the exit of the last."""
+        self._launch()
+        exited: dict[int, int] = {}
+        failure: Failure | None = None
+        asked_at: float | None = None
+        while len(exited) < self._layout.world:
+            for report in self._machines.poll(_POLL_SECONDS):
+                failure = self._observe(report, exited) or failure
+            self._record.confirm()
+            stop = self._stopped()
+            if failure and not stop:
+                return self._recover(failure)
+            if stop and asked_at is None:
+                asked_at = time.monotonic()
+                self._record.set_state("stopping", stop.reason)
+                self._tell("stopping", f"{stop.reason}: writing a checkpoint, then leaving")
+                self._machines.ask_to_stop()
+            if stop and (
+                failure or self._kill_wanted or time.monotonic() - (asked_at or 0) > self._job.policy.grace_seconds
+            ):
+                self._machines.kill_ranks()
+                return stop
+        if all(code == 0 for code in exited.values()):
+            return Stop(state="done", reason=f"trained {self._record.step} steps")
+        return self._stopped() or Stop(state="interrupted", reason="the ranks were asked to stop from outside")
+
+    def _launch(self) -> None:
+        job, record = self._job, self._record
+        steps = manifests.steps(record.run)
+        for step in steps:
+            manifests.check_model(manifests.read(record.run, step), job.model, record.run.place)
+        per_node = job.cluster.devices_per_node
+        ranks = range(self._layout.world)
+        record.begin_attempt({rank: self._machines.nodes[rank // per_node] for rank in ranks})
+        address, port = self._machines.open_store()
+        self._machines.launch(
+            [
+                RankLaunch(
+                    run_id=record.run.run_id,
+                    attempt=record.attempt,
+                    rank=rank,
+                    local_rank=rank % per_node,
+                    store_address=address,
+                    store_port=port,
+                    run_folder=record.run.place,
+                    job=job,
+                    checkpoint_steps=tuple(steps),
+                    inject_fault=not self._fault_is_spent(),
+                )
+                for rank in ranks
+            ]
+        )
+
+    def _fault_is_spent(self) -> bool:
+        return any(event["kind"] == "fault_injected" for event in self._record.run.read_lines("events.jsonl"))
+
+    def _observe(self, report: Report, exited: dict[int, int]) -> Failure | None:
+        """Record a report; the failure that it tells of, if it does."""
+        record = self._record
+        if report.attempt not in (0, record.attempt):
+            return None  # a rank of an attempt that is over
+        if isinstance(report, StepReport):
+            line = record.report(report, self._throughput)
+            if line:
+                stall = self._checkpoint_seconds + line["phase_seconds"].get("data", 0.0)
+                record.ledger.step(line["step"], line["at"], stall)
+                self._checkpoint_seconds = 0.0
+            return None
+        record.event(report)
+        if report.kind == "checkpoint_written":
+            self._checkpoint_seconds += report.data["seconds"]
+        if report.kind == "rank_exited":
+            assert report.rank is not None
+            exited[report.rank] = report.data["code"]
+        return self._failure(report)
+
+    def _failure(self, event: Event) -> Failure | None:
+        step = self._record.step
+        if event.kind == "input_error":
+            return Failure("input_error", event.message, step)
+        if event.kind == "rank_failed":
+            return Failure("rank_failed", f"rank {event.rank} failed: {event.message}", step)
+        if event.kind in ("node_lost", "zygote_lost"):
+            return Failure("node_lost", event.message, step)
+        if event.kind == "rank_exited" and event.data["code"] not in (0, LEFT_ON_REQUEST):
+            return Failure("rank_died", event.message, step)
+        return None
+
+    def _recover(self, failure: Failure) -> Decision:
+        """End a broken attempt. When one rank dies its peers fail too: a death is blamed before what it led to."""
+        record, now = self._record, time.time()
+        record.ledger.switch("detect", now)
+        exited: dict[int, int] = {}
+        deadline = time.monotonic() + _BLAME_SECONDS
+        while failure.kind == "rank_failed" and time.monotonic() < deadline:
+            for report in self._machines.poll(_BLAME_SECONDS):
+                other = self._observe(report, exited)
+                if other and (other.kind in ("node_lost", "input_error") or _was_signalled(report)):
+                    failure = other
+        self._tell("attempt_failed", f"step {failure.step}: {failure.reason}", **{"class": failure.kind})
+        record.ledger.switch("restart", time.time())
+        self._machines.kill_ranks()
+        self._failures.append(failure)
+        return after_failure(self._failures, self._job.policy)
+
+    def _stopped(self) -> Stop | None:
+        """Whether the user wants the run to end, by a signal or by `cancel`."""
+        local = self._record.run.local is not None
+        patience = _CANCEL_LOCAL_SECONDS if local else _CANCEL_REMOTE_SECONDS
+        if self._stop_wanted is None and time.monotonic() - self._looked_for_cancel > patience:
+            self._looked_for_cancel = time.monotonic()
+            if self._record.run.exists(CANCEL_REQUEST):
+                self._record.run.remove(CANCEL_REQUEST)
+                self._stop_wanted = "cancelled"
+        if self._stop_wanted is None:
+            return None
+        return Stop(state=self._stop_wanted, reason=f"{self._stop_wanted} at step {self._record.step}")
+
+    def _tell(self, kind: str, message: str, **data: Any) -> None:
+        self._record.event(Event(kind=kind, message=message, data=data))
+
+
+def _was_signalled(report: Report) -> bool:
+    return isinstance(report, Event) and report.kind == "rank_exited" and report.data["code"] < 0
+
+
+def cancel(run: RunFolder) -> None:
+    """Leave a request that the run's controller finds, wherever it is."""
+    run.write(CANCEL_REQUEST, b"")

@@ -1,0 +1,176 @@
+"""Writes what happens to the run folder as it happens, and tells whoever listens. Nothing is remembered elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from orchestrator.control.ledger import Ledger
+from orchestrator.messages import Event, StepReport
+from orchestrator.run_folder import RunFolder
+
+State = Literal["queued", "starting", "running", "stopping", "done", "failed", "cancelled", "interrupted"]
+LIVE: tuple[State, ...] = ("queued", "starting", "running", "stopping")
+ORPHANED_SECONDS = 15.0
+"""A live state that has not been confirmed for so long belongs to a controller that died."""
+_LOCAL_CONFIRM_SECONDS = 0.5
+_REMOTE_CONFIRM_SECONDS = 5.0
+
+Listener = Callable[[Event | dict[str, Any]], None]
+"""Called with each event and with each line of metrics.jsonl."""
+
+
+class RunRecord:
+    """The controller's pen. One at a time writes a run: its status.json says who, and when it last did."""
+
+    def __init__(self, run: RunFolder, *, world: int, where: Literal["here", "cluster"], layout: str) -> None:
+        self.run = run
+        self._listeners: list[Listener] = []
+        self._status: dict[str, Any] = run.read_json("status.json") or {"created_at": time.time(), "attempt": 0, "step": 0}
+        self._status |= {
+            "run_id": run.run_id,
+            "state": "queued",
+            "reason": None,
+            "where": where,
+            "layout": layout,
+            "world": world,
+            "controller": {"host": socket.gethostname(), "pid": os.getpid()},
+            "ranks": [],
+        }
+        saved = run.read_json("ledger.json")
+        self.ledger = Ledger(time.time()) if saved is None else Ledger.resumed(saved, time.time())
+        self._ranks: dict[int, dict[str, Any]] = {}
+        self._waiting: dict[int, dict[int, StepReport]] = {}
+        self._confirmed = 0.0
+        self._confirm_every = _REMOTE_CONFIRM_SECONDS if run.local is None else _LOCAL_CONFIRM_SECONDS
+
+    @property
+    def attempt(self) -> int:
+        return int(self._status["attempt"])
+
+    @property
+    def step(self) -> int:
+        """Last step that every rank has finished in the present attempt."""
+        return int(self._status["step"])
+
+    def listen(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    def set_state(self, state: State, reason: str | None = None) -> None:
+        self._status |= {"state": state, "reason": reason}
+        self.confirm(now=True)
+
+    def begin_attempt(self, nodes: dict[int, str]) -> None:
+        """A new attempt with these ranks, by the node that each is on."""
+        self._waiting.clear()
+        self._status["attempt"] = self.attempt + 1
+        self._ranks = {
+            rank: {"rank": rank, "pid": None, "node": node, "state": "starting", "step": 0} for rank, node in nodes.items()
+        }
+        self.set_state("starting")
+
+    def event(self, event: Event) -> None:
+        if event.attempt == 0:
+            event = event.model_copy(update={"attempt": self.attempt})
+        self.run.append("events.jsonl", [event.model_dump(exclude={"type"})])
+        rank = self._ranks.get(-1 if event.rank is None else event.rank)
+        if rank is not None and event.kind == "rank_started":
+            rank["pid"] = event.data["pid"]
+        elif rank is not None and event.kind == "rank_exited":
+            code = event.data["code"]
+            rank["state"] = "killed" if code < 0 else "done" if code == 0 else "left" if code == 75 else "failed"
+        elif event.kind == "training_started":
+            self._status["step"] = event.data["start_step"]
+        for listener in self._listeners:
+            listener(event)
+        self.confirm(now=event.kind in ("rank_started", "rank_exited"))
+
+    def report(self, report: StepReport, throughput: Callable[[float], dict[str, float]]) -> dict[str, Any] | None:
+        """Take one rank's report. The line of metrics.jsonl, once all ranks have reported the step."""
+        rank = self._ranks[report.rank]
+        rank |= {"state": "running", "step": report.step}
+        waiting = self._waiting.setdefault(report.step, {})
+        waiting[report.rank] = report
+        if len(waiting) < len(self._ranks):
+            return None
+        del self._waiting[report.step]
+        slowest = max(waiting.values(), key=lambda each: each.step_seconds)
+        first = waiting[0]
+        line: dict[str, Any] = {
+            "step": report.step,
+            "attempt": report.attempt,
+            "loss": first.loss,
+            "grad_norm": first.grad_norm,
+            "tokens": first.tokens,
+            "step_seconds": slowest.step_seconds,
+            **throughput(first.tokens / slowest.step_seconds),
+            "learning_rate": first.learning_rate,
+            "memory_bytes": max(each.memory_bytes for each in waiting.values()),
+            "phase_seconds": slowest.phase_seconds,
+            "at": time.time(),
+        }
+        if first.validation_loss is not None:
+            line["validation_loss"] = first.validation_loss
+        self._status |= {"state": "running" if self._status["state"] == "starting" else self._status["state"]}
+        self._status["step"] = report.step
+        self.run.append("metrics.jsonl", [line])
+        for listener in self._listeners:
+            listener(line)
+        self.confirm()
+        return line
+
+    def confirm(self, *, now: bool = False) -> None:
+        """Write status.json and ledger.json, if they have not been for a while."""
+        if not now and time.monotonic() - self._confirmed < self._confirm_every:
+            return
+        self._confirmed = time.monotonic()
+        self._status |= {"updated_at": time.time(), "ranks": list(self._ranks.values())}
+        with _keeps_going(self):
+            self.run.write_json("status.json", self._status)
+            self.run.write_json("ledger.json", self._ledger_record())
+            self.run.flush(self._confirm_every)
+
+    def end(self, state: State, reason: str) -> None:
+        """The run's last word in this session: its final state, its ledger closed, everything written out."""
+        self.ledger.pause(time.time())
+        self.event(Event(kind=f"run_{state}", message=reason))
+        self.set_state(state, reason)
+        self.run.flush()
+
+    def _ledger_record(self) -> dict[str, Any]:
+        totals = self.ledger.totals(time.time())
+        return {"wall_seconds": sum(totals.values()), "totals": totals, **self.ledger.as_dict()}
+
+
+@contextlib.contextmanager
+def _keeps_going(record: RunRecord) -> Any:
+    """A status that cannot be written must not end healthy training; the lines themselves are what counts."""
+    try:
+        yield
+    except OSError:
+        record._confirmed = 0.0
+
+
+def status_of(run: RunFolder) -> dict[str, Any]:
+    """status.json, with `state` `orphaned` where its controller has died: the run waits for `resume`."""
+    status: dict[str, Any] = run.read_json("status.json") or {}
+    if status.get("state") in LIVE and not _alive(status):
+        status |= {"state": "orphaned", "reason": "its controller died"}
+    return status
+
+
+def _alive(status: dict[str, Any]) -> bool:
+    """Whether a run's controller lives: by its pid on this host, by its last word elsewhere."""
+    controller = status.get("controller")
+    if controller and controller["host"] == socket.gethostname():
+        try:
+            os.kill(controller["pid"], 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+    return bool(time.time() - status["updated_at"] < ORPHANED_SECONDS)

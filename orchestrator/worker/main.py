@@ -1,0 +1,184 @@
+"""The training loop of one rank, written once for every engine. Runs in a process forked from the zygote; no ray."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+import traceback
+from types import FrameType
+
+from jobs.errors import InputError
+from orchestrator.messages import RankLaunch, StepReport
+from orchestrator.worker.reporter import Reporter
+
+LEFT_ON_REQUEST = 75
+"""Exit code of a rank that wrote a checkpoint and left because it was asked to (EX_TEMPFAIL)."""
+
+
+def import_engine(device: str) -> None:
+    """Everything that takes seconds to import, before ranks are forked."""
+    if device == "cpu":
+        from orchestrator.worker.engines import cuda_stand_in
+
+        cuda_stand_in.install()
+    import torch.distributed  # noqa: F401
+
+    from orchestrator.worker import checkpoint, data, schedule  # noqa: F401
+    from orchestrator.worker.engines import megatron  # noqa: F401
+
+
+def run(launch: RankLaunch, report_fd: int, store_fd: int | None) -> int:
+    """Train from the newest good checkpoint to the last step. Returns the exit code."""
+    stopping = StopRequest()
+    reporter = Reporter(launch, report_fd)
+    try:
+        return _Rank(launch, reporter, stopping, store_fd).train()
+    except InputError as error:
+        reporter.event("input_error", str(error))
+        traceback.print_exc()
+        return 2
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        reporter.event("rank_failed", f"{type(error).__name__}: {first_line}", traceback=traceback.format_exc()[-6000:])
+        traceback.print_exc()
+        return 1
+
+
+class StopRequest:
+    """Set by SIGTERM; honoured by all ranks together at the end of a step."""
+
+    def __init__(self) -> None:
+        self.made = False
+        signal.signal(signal.SIGTERM, self._make)
+
+    def _make(self, number: int, frame: FrameType | None) -> None:
+        self.made = True
+
+
+class _Rank:
+    def __init__(self, launch: RankLaunch, reporter: Reporter, stopping: StopRequest, store_fd: int | None) -> None:
+        import torch
+
+        from parallel.layout import Layout
+
+        self._launch, self._job, self._reporter, self._stopping = launch, launch.job, reporter, stopping
+        self._torch = torch
+        self._layout = Layout.of(self._job.layout)
+        if self._job.cluster.device == "cuda":
+            self._device = torch.device("cuda", launch.local_rank)
+            torch.cuda.set_device(self._device)
+        else:
+            self._device = torch.device("cpu")
+        self._join(store_fd)
+
+    def train(self) -> int:
+        from orchestrator.worker import data, schedule
+        from orchestrator.worker.checkpoint import Checkpoints
+        from orchestrator.worker.engines import megatron
+
+        job, layout, train = self._job, self._layout, self._job.train
+        began = time.monotonic()
+        engine = megatron.build(job, layout, self._device)
+        built = time.monotonic()
+        text = data.open_data(job.data, train, job.model.vocab)
+        checkpoints = Checkpoints(self._launch, layout, self._reporter)
+        start = checkpoints.restore(engine)
+        if self._launch.rank == 0:
+            self._reporter.event(
+                "training_started",
+                f"training from step {start + 1} of {train.steps}",
+                start_step=start,
+                parameters=engine.parameters,
+                unigram_entropy=text.unigram_entropy,
+                train_tokens=text.train_tokens,
+                build_seconds=built - began,
+                restore_seconds=time.monotonic() - built,
+            )
+        dp_rank = layout.coordinates(self._launch.rank)["dp"]
+        micro_batch = job.layout.micro_batch
+        assert micro_batch is not None, "job.json is resolved before it is run"
+        for step in range(start + 1, train.steps + 1):
+            self._inject(step)
+            clock = [time.monotonic()]
+            batches = text.batches(step, dp_rank, layout.dp, micro_batch)
+            clock.append(time.monotonic())
+            rate = schedule.learning_rate(train, step)
+            result = engine.train_step(step, rate, batches)
+            clock.append(time.monotonic())
+            last = step == train.steps
+            validation_loss = None
+            if train.eval_batches and (last or (train.eval_interval and step % train.eval_interval == 0)):
+                held_out = [
+                    batch
+                    for index in range(train.eval_batches)
+                    for batch in text.validation_batches(index, dp_rank, layout.dp, micro_batch)
+                ]
+                validation_loss = engine.evaluate(held_out)
+            clock.append(time.monotonic())
+            phases = dict(zip(("data", "compute", "evaluate"), _intervals(clock), strict=True))
+            self._reporter.send(
+                StepReport(
+                    attempt=self._launch.attempt,
+                    rank=self._launch.rank,
+                    step=step,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    learning_rate=rate,
+                    tokens=train.global_batch * train.sequence_length,
+                    step_seconds=phases["data"] + phases["compute"],
+                    phase_seconds=phases,
+                    memory_bytes=self._peak_memory(),
+                    validation_loss=validation_loss,
+                )
+            )
+            stop = self._agreed_to_stop()
+            if last or stop or step % job.checkpoint.interval == 0:
+                checkpoints.save(engine, step)
+            if stop and not last:
+                return LEFT_ON_REQUEST
+        return 0
+
+    def _join(self, store_fd: int | None) -> None:
+        """Rendezvous over the store whose socket the agent of the first node opened."""
+        import torch.distributed as dist
+
+        launch = self._launch
+        store = dist.TCPStore(
+            launch.store_address,
+            launch.store_port,
+            self._layout.world,
+            is_master=launch.rank == 0,
+            master_listen_fd=store_fd,
+            wait_for_workers=False,
+        )
+        backend = "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=launch.rank,
+            world_size=self._layout.world,
+            device_id=self._device if self._device.type == "cuda" else None,
+        )
+
+    def _agreed_to_stop(self) -> bool:
+        """Whether any rank was asked to stop: one number over all ranks, so that all leave after the same step."""
+        asked = self._torch.tensor([int(self._stopping.made)])
+        self._torch.distributed.all_reduce(asked)
+        return bool(asked.item())
+
+    def _inject(self, step: int) -> None:
+        fault = self._job.fault
+        if self._launch.inject_fault and fault.kill_rank == self._launch.rank and fault.at_step == step:
+            self._reporter.event("fault_injected", f"rank {self._launch.rank} kills itself at step {step}", step=step)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _peak_memory(self) -> int:
+        if self._device.type == "cuda":
+            return int(self._torch.cuda.max_memory_allocated())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _intervals(clock: list[float]) -> list[float]:
+    return [after - before for before, after in zip(clock, clock[1:], strict=False)]
