@@ -17,6 +17,7 @@ State = Literal["queued", "starting", "running", "stopping", "done", "failed", "
 LIVE: tuple[State, ...] = ("queued", "starting", "running", "stopping")
 ORPHANED_SECONDS = 15.0
 """A live state that has not been confirmed for so long belongs to a controller that died."""
+UNBORN_SECONDS = 120.0
 _LOCAL_CONFIRM_SECONDS = 0.5
 _REMOTE_CONFIRM_SECONDS = 5.0
 
@@ -166,7 +167,9 @@ def status_of(run: RunFolder) -> dict[str, Any]:
 def _alive(status: dict[str, Any]) -> bool:
     """Whether a run's controller lives: by its pid on this host, by its last word elsewhere."""
     controller = status.get("controller")
-    if controller and controller["host"] == socket.gethostname():
+    if controller is None:  # handed to a Ray cluster whose job has not begun
+        return bool(time.time() - status["updated_at"] < UNBORN_SECONDS)
+    if controller["host"] == socket.gethostname():
         try:
             os.kill(controller["pid"], 0)
         except ProcessLookupError:

@@ -1,0 +1,316 @@
+"""The verbs of `fivefold`. Each checks its input, does one thing and answers in text or, with --json, one document."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.errors import InputError, InputErrors
+from orchestrator.run_folder import RunFolder, find_run, runs
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 3, 2, 130
+_EXIT_CODE = {"done": DONE, "failed": FAILED, "cancelled": INTERRUPTED, "interrupted": INTERRUPTED}
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse and carry out one command line. Returns the exit code; bad input is one message, never a traceback."""
+    as_json = "--json" in arguments
+    try:
+        options = _parse(arguments)
+        document, code = options.verb(options)
+    except InputError as error:
+        errors = error.errors if isinstance(error, InputErrors) else [error]
+        print(f"fivefold: {error}", file=sys.stderr)
+        document = {"error": str(error), "errors": [_error_record(each) for each in errors]}
+        code = BAD_INPUT
+    except KeyboardInterrupt:
+        document, code = {"error": "interrupted"}, INTERRUPTED
+    except BrokenPipeError:  # `fivefold logs RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    if as_json:
+        print(json.dumps(document, indent=2), flush=True)
+    return code
+
+
+Answer = tuple[Any, int]
+
+
+def _plan(options: argparse.Namespace) -> Answer:
+    from jobs import compose
+    from orchestrator.control import tables
+    from parallel import planner
+
+    job = compose.compose(options.job, options.overrides)
+    planning = planner.plan_job(job)
+    if not options.json:
+        tables.planning(job, planning, options.top)
+    return {
+        "job": job.name,
+        "cluster": job.cluster.model_dump(),
+        "considered": planning.considered,
+        "plans": [plan.as_dict() for plan in planning.plans[: options.top]],
+        "rejections": [rejection.as_dict() for rejection in planning.rejections],
+    }, DONE
+
+
+def _run(options: argparse.Namespace) -> Answer:
+    from jobs import compose, corpus
+    from orchestrator.control import cluster, session
+    from parallel import planner
+
+    job = compose.compose(options.job, options.overrides)
+    planning = planner.plan_job(job)
+    job = planner.resolve(job, planning.plans[0])
+    _need_engines()
+    cluster.check_embedded(job.cluster)
+    corpus.check(job.data)
+    return _train(session.create(job, planning, options.run_root, "here"), job, options)
+
+
+def _train(run: RunFolder, job: Any, options: argparse.Namespace) -> Answer:
+    from orchestrator.control import session
+    from orchestrator.control.display import Display
+
+    facts = session.run_here(run, job, Display(sys.stderr if options.json else sys.stdout))
+    return facts, _EXIT_CODE[facts["state"]]
+
+
+def _submit(options: argparse.Namespace) -> Answer:
+    from jobs import compose
+    from orchestrator.control import cluster, session
+    from parallel import planner
+
+    job = compose.compose(options.job, options.overrides)
+    planning = planner.plan_job(job)
+    job = planner.resolve(job, planning.plans[0])
+    _need_engines()
+    client = cluster.check_cluster(os.environ.get("RAY_ADDRESS"), job.cluster)
+    run = session.create(job, planning, options.run_root, "cluster")
+    return _submitted(run, session.submit(run, job, client), options)
+
+
+def _submitted(run: RunFolder, submission: str, options: argparse.Namespace) -> Answer:
+    if not options.json:
+        print(run.run_id)
+        print(f"follow it with: fivefold logs {run.run_id} -f", file=sys.stderr)
+    return {"run_id": run.run_id, "run_folder": run.place, "ray_job": submission}, DONE
+
+
+def _resume(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import cluster, session
+
+    run = find_run(options.run_root, options.run)
+    status = session.check_resumable(run)
+    job = session.resumed_job(run, options.overrides)
+    _need_engines()
+    if status.get("where") == "cluster":
+        client = cluster.check_cluster(os.environ.get("RAY_ADDRESS"), job.cluster)
+        session.resume(run, job, options.overrides)
+        return _submitted(run, session.submit(run, job, client), options)
+    cluster.check_embedded(job.cluster)
+    session.resume(run, job, options.overrides)
+    return _train(run, job, options)
+
+
+def _control(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import session
+
+    facts = session.run_as_job(RunFolder(options.run))
+    return facts, _EXIT_CODE[facts["state"]]
+
+
+def _list(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import tables
+    from orchestrator.control.record import status_of
+
+    statuses = [status_of(run) | {"run_folder": run.place} for run in runs(options.run_root)]
+    if not options.json:
+        tables.runs(statuses, options.run_root)
+    return {"run_root": options.run_root, "runs": statuses}, DONE
+
+
+def _status(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import tables
+    from orchestrator.control.record import status_of
+
+    run = find_run(options.run_root, options.run)
+    status = status_of(run) | {
+        "run_folder": run.place,
+        "steps": run.read_json("job.json")["train"]["steps"],
+        "ledger": (run.read_json("ledger.json") or {}).get("totals", {}),
+    }
+    if not options.json:
+        tables.status(status)
+    return status, DONE
+
+
+def _logs(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import follow
+
+    run = find_run(options.run_root, options.run)
+    log = follow.log_file(run, options.rank)
+    if options.json:
+        return {"run_id": run.run_id, "log": log, "lines": follow.lines(run, log)}, DONE
+    follow.print_log(run, options.rank, follow=options.follow)
+    return None, DONE
+
+
+def _events(options: argparse.Namespace) -> Answer:
+    run = find_run(options.run_root, options.run)
+    events = list(run.read_lines("events.jsonl"))
+    if not options.json:
+        for event in events:
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at"]))
+            print(f"{when}  attempt {event['attempt']}  {event['kind']:<18}  {event['message']}")
+    return {"run_id": run.run_id, "events": events}, DONE
+
+
+def _cancel(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import controller, session
+    from orchestrator.control.record import LIVE, status_of
+
+    run = find_run(options.run_root, options.run)
+    status = status_of(run)
+    if status.get("state") not in LIVE:
+        raise InputError("run", run.run_id, f"is not running: it is {status.get('state')}")
+    controller.cancel(run)
+    grace = run.read_json("job.json")["policy"]["grace_seconds"] + 30.0
+    status = session.wait_until(run, ("cancelled", "done", "failed", "interrupted"), grace)
+    if not options.json:
+        print(f"{run.run_id} is {status['state']}: {status['reason']}")
+    return status, DONE if status["state"] not in LIVE else FAILED
+
+
+def _schema(options: argparse.Namespace) -> Answer:
+    from jobs.spec import JobSpec
+
+    document = JobSpec.model_json_schema()
+    if not options.json:
+        print(json.dumps(document, indent=2))
+    return document, DONE
+
+
+def _doctor(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import doctor
+
+    findings = doctor.examine(options.run_root)
+    if not options.json:
+        doctor.show(findings)
+    return {"findings": [finding.as_dict() for finding in findings]}, DONE if doctor.healthy(findings) else FAILED
+
+
+def _checkpoint_ls(options: argparse.Namespace) -> Answer:
+    from orchestrator import manifests
+    from orchestrator.control import tables
+
+    run = find_run(options.run_root, options.run)
+    found = [manifests.read(run, step) for step in manifests.steps(run)]
+    if not options.json:
+        tables.checkpoints(run, found)
+    return {"run_id": run.run_id, "checkpoints": [each.model_dump(mode="json") for each in found]}, DONE
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> Answer:
+    from orchestrator import manifests
+
+    run = find_run(options.run_root, options.run)
+    verdicts = []
+    for step in manifests.steps(run):
+        manifest = manifests.read(run, step)
+        problems = [text for entry in manifest.files if (text := manifests.damage(run, step, entry))]
+        verdicts.append({"step": step, "files": len(manifest.files), "whole": not problems, "problems": problems})
+        if not options.json:
+            print(f"step {step}: " + ("; ".join(problems) or f"whole, {len(manifest.files)} files"))
+    if not verdicts and not options.json:
+        print(f"{run.run_id} has no checkpoint")
+    return {"run_id": run.run_id, "checkpoints": verdicts}, DONE if all(each["whole"] for each in verdicts) else FAILED
+
+
+def _need_engines() -> None:
+    """Training needs more than planning does; say so before anything is created."""
+    import importlib.util
+
+    missing = [name for name in ("torch", "megatron.core", "ray") if not _importable(importlib.util, name)]
+    if missing:
+        raise InputError("environment", None, f"training needs {', '.join(missing)}", "pip install 'fivefold[train]'")
+
+
+def _importable(util: Any, name: str) -> bool:
+    try:
+        return util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _error_record(error: InputError) -> dict[str, str | None]:
+    value, nearest = error.value, error.nearest
+    return {
+        "path": error.path,
+        "value": None if value is None else str(value),
+        "rule": error.rule,
+        "nearest": None if nearest is None else str(nearest),
+    }
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document, last on stdout")
+    common.add_argument(
+        "--run-root",
+        default=os.environ.get("FIVEFOLD_RUN_ROOT", "runs"),
+        metavar="PLACE",
+        help="folder of run folders, a path or an fsspec URL (default: $FIVEFOLD_RUN_ROOT or ./runs)",
+    )
+    parser = argparse.ArgumentParser(prog="fivefold", description=__doc__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, function: Any, text: str, *positional: str, group: Any = verbs) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = group.add_parser(name, parents=[common], help=text, description=text)
+        for argument in positional:
+            if argument == "overrides":
+                added.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="layout.tp=2 cluster=h200_x8 ...")
+            else:
+                added.add_argument(argument, metavar=argument.upper())
+        added.set_defaults(verb=function)
+        return added
+
+    plan = verb("plan", _plan, "rank the layouts of a job; needs no GPU, no Ray, no torch", "job", "overrides")
+    plan.add_argument("--top", type=int, default=10, metavar="N", help="layouts shown (default: 10)")
+    verb("run", _run, "train here, in the foreground", "job", "overrides")
+    verb("submit", _submit, "train on the Ray cluster at RAY_ADDRESS; prints the run id", "job", "overrides")
+    verb("resume", _resume, "go on from the newest good checkpoint, at the same or another layout", "run", "overrides")
+    verb("list", _list, "runs under the run root")
+    verb("status", _status, "where a run stands, and each of its ranks", "run")
+    logs = verb("logs", _logs, "what a rank printed, or the run's steps and events", "run")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+    logs.add_argument("--rank", type=int, metavar="N", help="a rank's own output, of its newest attempt")
+    verb("events", _events, "what happened to a run", "run")
+    verb("cancel", _cancel, "checkpoint a run and end it", "run")
+    verb("schema", _schema, "JSON schema of a job spec")
+    verb("doctor", _doctor, "whether this environment can train, and what it lacks")
+    checkpoint = verbs.add_parser("checkpoint", help="a run's checkpoints").add_subparsers(metavar="VERB", required=True)
+    verb("ls", _checkpoint_ls, "list them", "run", group=checkpoint)
+    verb("verify", _checkpoint_verify, "read every byte and compare it with the manifest", "run", group=checkpoint)
+    verb("control", _control, "control a submitted run; called by its Ray job", "run")
+
+    options, rest = parser.parse_known_args(arguments)
+    stray = [argument for argument in rest if argument.startswith("-") or "overrides" not in options]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+if __name__ == "__main__":
+    main()

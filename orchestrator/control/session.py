@@ -1,0 +1,215 @@
+"""A session is one life of a run's controller: here in the foreground, or as a job of a Ray cluster."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from jobs import compose, corpus
+from jobs.errors import InputError, InputErrors
+from jobs.spec import JobSpec, LayoutSpec
+from orchestrator import manifests
+from orchestrator.control import cluster
+from orchestrator.control.controller import Controller, Throughput
+from orchestrator.control.display import Display
+from orchestrator.control.plot import plot_loss
+from orchestrator.control.record import LIVE, RunRecord, State, status_of
+from orchestrator.messages import Event, Stop
+from orchestrator.run_folder import RunFolder, new_run_id
+from parallel import planner
+from parallel.hardware import hardware
+from parallel.layout import Layout
+
+_DECIDED_AT_START = ("name", "engine", "model", "data", "train.sequence_length", "train.global_batch", "train.seed")
+"""Keys that a resumed run keeps: with another value its samples or weights would not be the same run's."""
+
+
+def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["here", "cluster"]) -> RunFolder:
+    """A new run folder, whole or not at all, with the job as it is to be run."""
+    run = RunFolder(f"{root}/{new_run_id(job.name)}")
+    try:
+        run.write_json("plan.json", planning.plans[0].as_dict())
+        _write_status(run, job, where)
+        run.write_json("job.json", job.model_dump(mode="json"))
+    except OSError as error:
+        raise InputError("run root", root, f"cannot be written: {error.strerror or error}") from None
+    return run
+
+
+def run_here(run: RunFolder, job: JobSpec, display: Display) -> dict[str, Any]:
+    """Train on this machine with an embedded Ray; returns the run's summary."""
+    cluster.start_embedded(job.cluster)
+    return _control(run, job, "here", display)
+
+
+def run_as_job(run: RunFolder) -> dict[str, Any]:
+    """Control a run from within a job of a Ray cluster."""
+    job = compose.load(run.read("job.json"), run.path("job.json"))
+    cluster.connect()
+    return _control(run, job, "cluster", Display())
+
+
+def submit(run: RunFolder, job: JobSpec, client: Any) -> str:
+    """Hand a created run to a Ray cluster. Returns the Ray job's submission id."""
+    attempt = (run.read_json("status.json") or {}).get("attempt", 0)
+    submission = run.run_id if attempt == 0 else f"{run.run_id}-{attempt}"
+    # The cluster's own `fivefold` comes first; this machine's is found where it is one of the nodes.
+    here = shlex.quote(str(Path(sys.executable).parent))
+    client.submit_job(
+        entrypoint=f'PATH="$PATH":{here} exec fivefold control {shlex.quote(run.place)}',
+        submission_id=submission,
+        metadata={"fivefold_run": run.run_id, "fivefold_job": job.name},
+    )
+    return submission
+
+
+def check_resumable(run: RunFolder) -> dict[str, Any]:
+    """The status of a run whose controller is not alive; InputError where it is."""
+    status = status_of(run)
+    if status.get("state") in LIVE:
+        controller = status.get("controller") or {"pid": "?", "host": "its cluster"}
+        rule = f"is {status['state']}: its controller is pid {controller['pid']} on {controller['host']}"
+        raise InputError("run", run.run_id, rule, f"fivefold cancel {run.run_id}")
+    return status
+
+
+def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
+    """The job of a run as it is to go on: single values changed, and planned anew where its layout is touched."""
+    saved = compose.load(run.read("job.json"), run.path("job.json"))
+    keys = [override.partition("=")[0] for override in overrides]
+    refused = [
+        InputError(override.partition("=")[0], override.partition("=")[2], "is decided when a run starts; start another run")
+        for override, key in zip(overrides, keys, strict=True)
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START)
+    ]
+    if refused:
+        raise InputErrors(refused)
+    replanned = any(key.startswith(("layout", "cluster")) for key in keys)
+    if replanned:
+        saved = saved.model_copy(update={"layout": LayoutSpec()})
+    job = compose.amend(saved, overrides)
+    if replanned:
+        job = planner.resolve(job, planner.plan_job(job).plans[0])
+    else:
+        planner.plan_job(job)  # the saved layout must still be one that runs
+    newest = next(iter(manifests.steps(run)), 0)
+    if newest >= job.train.steps:
+        rule = f"all {job.train.steps} steps of {run.run_id} are trained"
+        raise InputError("train.steps", job.train.steps, rule, f"train.steps={2 * job.train.steps}")
+    for step in manifests.steps(run):
+        manifests.check_model(manifests.read(run, step), job.model, run.place)
+    return job
+
+
+def resume(run: RunFolder, job: JobSpec, overrides: Sequence[str]) -> None:
+    """Write down how a run goes on, before it does."""
+    run.write_json("job.json", job.model_dump(mode="json"))
+    run.remove("requests")
+    changed = f" with {' '.join(overrides)}" if overrides else ""
+    event = Event(kind="resumed", message=f"resumed{changed}", data={"overrides": list(overrides)})
+    run.append("events.jsonl", [event.model_dump(exclude={"type"})])
+    run.flush()
+
+
+def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], display: Display) -> dict[str, Any]:
+    layout = Layout.of(job.layout)
+    record = RunRecord(run, world=layout.world, where=where, layout=layout.label)
+    record.listen(display)
+    display.opening(run.place, job, describe_layout(job, layout))
+    controller = Controller(job, record, cluster.Cluster(run, job), throughput(job, layout))
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        controller.interrupt()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        corpus.check(job.data)
+        outcome = controller.run()
+    except InputError as error:
+        record.end("failed", str(error))
+        raise
+    finally:
+        display.close()
+    facts = summary(run, outcome)
+    display.summary(facts)
+    return facts
+
+
+def describe_layout(job: JobSpec, layout: Layout) -> str:
+    """`tp2 dp2 ep2 on 4 cpu ranks, micro-batch 2 x 4`."""
+    micro_batch = job.layout.micro_batch or 1
+    count = job.train.global_batch // (layout.dp * micro_batch)
+    return f"{layout.label} on {layout.world} {job.cluster.device} ranks, {count} micro-batches of {micro_batch} sequences"
+
+
+def throughput(job: JobSpec, layout: Layout) -> Throughput:
+    """Tokens a second and, where the device's peak is known, model FLOPs utilisation of all ranks."""
+    peak = hardware(job.cluster.hardware).peak_flops(job.train.precision)
+    flops_per_token = job.model.flops_per_token(job.train.sequence_length)
+
+    def figures(tokens_per_second: float) -> dict[str, float]:
+        figures = {"tokens_per_second": tokens_per_second}
+        if peak is not None:
+            figures["mfu"] = flops_per_token * tokens_per_second / (peak * layout.world)
+        return figures
+
+    return figures
+
+
+def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
+    """What a run came to; draws its loss plot. Read from the folder, so it tells of all attempts and sessions."""
+    lines = list(run.read_lines("metrics.jsonl"))
+    events = list(run.read_lines("events.jsonl"))
+    entropy = next((event["data"]["unigram_entropy"] for event in events if event["kind"] == "training_started"), None)
+    restarts = [event["data"]["start_step"] for event in events if event["kind"] == "training_started"][1:]
+    plotted = run.local is not None and bool(lines)
+    if plotted and run.local is not None:
+        plot_loss(lines, run.local / "loss.png", entropy, restarts)
+    return {
+        "run_id": run.run_id,
+        "run_folder": run.place,
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "attempts": max((line["attempt"] for line in lines), default=0),
+        "step": lines[-1]["step"] if lines else 0,
+        "loss_first": lines[0]["loss"] if lines else None,
+        "loss_last": lines[-1]["loss"] if lines else None,
+        "validation_loss": next((line["validation_loss"] for line in reversed(lines) if "validation_loss" in line), None),
+        "unigram_entropy": entropy,
+        "ledger": (run.read_json("ledger.json") or {}).get("totals", {}),
+        "loss_plot": f"{run.place}/loss.png" if plotted else None,
+    }
+
+
+def wait_until(run: RunFolder, ended: Sequence[State], patience_seconds: float) -> dict[str, Any]:
+    """The status of a run once it is in one of these states, or when patience ends."""
+    deadline = time.monotonic() + patience_seconds
+    while (status := status_of(run)).get("state") not in ended and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return status
+
+
+def _write_status(run: RunFolder, job: JobSpec, where: str) -> None:
+    layout = Layout.of(job.layout)
+    run.write_json(
+        "status.json",
+        {
+            "run_id": run.run_id,
+            "state": "queued",
+            "created_at": time.time(),
+            "updated_at": time.time(),
+            "attempt": 0,
+            "step": 0,
+            "where": where,
+            "layout": layout.label,
+            "world": layout.world,
+            "ranks": [],
+        },
+    )

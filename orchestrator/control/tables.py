@@ -1,0 +1,91 @@
+"""The tables that verbs print."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from jobs.spec import JobSpec
+from orchestrator.control.display import bytes_text, print_table
+from orchestrator.manifests import CheckpointManifest
+from orchestrator.run_folder import RunFolder
+from parallel.layout import Layout
+from parallel.planner import Planning
+
+
+def planning(job: JobSpec, found: Planning, top: int) -> None:
+    """The fastest layouts, then why the others were left out."""
+    cluster, plans = job.cluster, found.plans
+    print(f"{job.name} on {cluster.nodes} x {cluster.devices_per_node} {cluster.hardware}, {job.train.precision}")
+    print(f"{found.considered} candidates, {len(plans)} fit; the first is what `run` and `submit` take")
+    print()
+    rows = [
+        [
+            str(place),
+            plan.layout.label,
+            str(plan.micro_batch),
+            str(plan.micro_batches),
+            f"{plan.time.total * 1e3:,.0f} ms",
+            f"{plan.tokens_per_second:,.0f}",
+            "-" if plan.mfu is None else f"{plan.mfu:.1%}",
+            bytes_text(plan.memory.total),
+        ]
+        for place, plan in enumerate(plans[:top], 1)
+    ]
+    headings = [("", True), ("layout", False)] + [
+        (name, True) for name in ("micro-batch", "count", "step", "tokens/s", "MFU", "memory")
+    ]
+    print_table(None, headings, rows)
+    if found.rejections:
+        print()
+        left_out = [[str(rejection.count), rejection.example] for rejection in found.rejections]
+        print_table(None, [("left out", True), ("because, for example", False)], left_out)
+
+
+def runs(statuses: list[dict[str, Any]], root: str) -> None:
+    if not statuses:
+        print(f"no runs under {root}")
+        return
+    rows = [
+        [status["run_id"], status["state"], str(status["attempt"]), str(status["step"]), status["layout"], _ago(status)]
+        for status in statuses
+    ]
+    headings = [("run", False), ("state", False), ("attempt", True), ("step", True), ("layout", False), ("updated", True)]
+    print_table(None, headings, rows)
+
+
+def status(found: dict[str, Any]) -> None:
+    reason = f": {found['reason']}" if found.get("reason") else ""
+    print(f"{found['run_id']}  {found['state']}{reason}")
+    print(f"attempt {found['attempt']}, step {found['step']} of {found['steps']}, layout {found['layout']}")
+    spent = "  ".join(f"{heading} {seconds:.1f}" for heading, seconds in found["ledger"].items())
+    print(f"seconds {spent}")
+    print(f"folder  {found['run_folder']}")
+    if found["ranks"]:
+        print()
+        rows = [
+            [str(rank["rank"]), str(rank["pid"] or "-"), rank["node"], rank["state"], str(rank["step"])]
+            for rank in found["ranks"]
+        ]
+        print_table(None, [("rank", True), ("pid", True), ("node", False), ("state", False), ("step", True)], rows)
+
+
+def checkpoints(run: RunFolder, found: list[CheckpointManifest]) -> None:
+    if not found:
+        print(f"{run.run_id} has no checkpoint")
+        return
+    rows = []
+    for manifest in found:
+        degrees = {axis: degree for axis, degree in manifest.layout.items() if axis not in ("edp", "sp")}
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.written_at))
+        label = Layout(**degrees).label
+        rows.append([str(manifest.step), label, bytes_text(manifest.size_bytes), str(len(manifest.files)), when])
+    print_table(None, [("step", True), ("layout", False), ("size", True), ("files", True), ("written", False)], rows)
+
+
+def _ago(status: dict[str, Any]) -> str:
+    seconds = max(0.0, time.time() - status["updated_at"])
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
