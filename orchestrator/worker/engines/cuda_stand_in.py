@@ -15,7 +15,9 @@ from typing import Any
 
 import megatron.core.optimizer
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import distrib_optimizer
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -82,6 +84,39 @@ def _type_as_if_on_cuda(type_of: Callable[..., Any]) -> Callable[..., Any]:
     return named
 
 
+def _gather_uneven(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Megatron's all-gather along dimension 0, where given sizes go through an all-to-all of whole copies.
+
+    Receives what an all-gather receives; gloo's refuses ranks that hold different numbers of tokens, which they do
+    when experts are tensor-parallel.
+    """
+
+    @functools.wraps(gather)
+    def gathered(tensor: torch.Tensor, group: Any, sizes: list[int] | None = None, *rest: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(tensor, group, sizes, *rest)
+        out = tensor.new_empty(sum(sizes), *tensor.shape[1:])
+        dist.all_to_all_single(out, torch.cat([tensor] * len(sizes)), sizes, [len(tensor)] * len(sizes), group)
+        return out
+
+    return gathered
+
+
+def _reduce_scatter_uneven(reduce_scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Megatron's reduce-scatter along dimension 0, where given sizes go through an all-to-all and a local sum."""
+
+    @functools.wraps(reduce_scatter)
+    def scattered(tensor: torch.Tensor, group: Any, sizes: list[int] | None = None, *rest: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(tensor, group, sizes, *rest)
+        kept = sizes[group.rank()]
+        parts = tensor.new_empty(len(sizes), kept, *tensor.shape[1:])
+        dist.all_to_all_single(parts.flatten(0, 1), tensor.contiguous(), [kept] * len(sizes), sizes, group)
+        return parts.sum(0)
+
+    return scattered
+
+
 def install() -> None:
     """Make `torch.cuda` mean the CPU in this process. Calling it again changes nothing."""
     if torch.cuda.Stream is _Stream:
@@ -107,6 +142,8 @@ def install() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     # The distributed optimizer and gradient clipping compare type() with names of CUDA tensors.
     torch.Tensor.type = _type_as_if_on_cuda(torch.Tensor.type)
+    mappings._gather_along_first_dim = _gather_uneven(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter_uneven(mappings._reduce_scatter_along_first_dim)
 
 
 def repair_megatron() -> None:

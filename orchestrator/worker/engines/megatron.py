@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from collections.abc import Sequence
@@ -47,7 +48,10 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> MegatronEngine:
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=False,
     )
-    return MegatronEngine(job, layout, device)
+    engine = MegatronEngine(job, layout, device)
+    # Megatron collects garbage whenever it gathers optimizer state: 0.3 s a time over all that was ever imported.
+    gc.freeze()
+    return engine
 
 
 class MegatronEngine:
