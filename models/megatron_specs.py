@@ -1,0 +1,270 @@
+"""A decoder-only transformer for Megatron-Core without TransformerEngine: its configuration, its parts, its weights.
+
+Megatron takes a model as a tree of module specs. Those given here use Megatron's own parallel linears, router and
+all-to-all dispatcher, torch's fused RMSNorm and `scaled_dot_product_attention`, and one MLP an expert.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from jobs.architecture import ModelArchitecture
+from jobs.spec import JobSpec
+from parallel.layout import Layout
+
+# Said by Megatron and, about Megatron, by torch, of things that are meant to be as they are.
+for _message, _category in (
+    (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning),
+    (r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1", UserWarning),
+    (r"When using sequence parallelism it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS", UserWarning),
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
+    (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
+    (r"`load_state_dict` is deprecated and will be removed", FutureWarning),
+    (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
+):
+    warnings.filterwarnings("ignore", _message, _category)
+
+# Megatron decorates some forty functions with torch.compile when it is imported. That costs two seconds, wants a C++
+# compiler at run time, and of these functions only a part of the router that does nothing would ever be called here.
+_compile, torch.compile = torch.compile, lambda function, **options: function
+try:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+        get_transformer_layer_offset,
+    )
+finally:
+    torch.compile = _compile
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension, fused by torch.
+
+    Under sequence parallelism each TP rank sees a part of the sequence, so its weight's gradient is a part of a sum;
+    `sequence_parallel` on the weight asks Megatron to add the parts. torch's own module cannot carry the mark.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.epsilon = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+class CausalAttention(torch.nn.Module):
+    """Causal core attention by `scaled_dot_product_attention`, which does not hold the score matrix in memory.
+
+    Takes query [sequence, batch, heads, head_dim] and key, value [sequence, batch, kv_heads, head_dim] of this rank's
+    heads; gives [sequence, batch, heads * head_dim]. Query head i reads key head i // (heads // kv_heads).
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **unused: Any) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        grouped = query.shape[2] != key.shape[2]
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
+    """Megatron's configuration of `job.model` at `layout`: SwiGLU, RMSNorm, no dropout, no fused kernels."""
+    model, train = job.model, job.train
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn or model.expert_ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.attention_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # `initialize` below draws every weight; Megatron's own pass still has to mark the tensor-parallel ones.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=train.precision == "bf16",
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=bool(layout.sp),
+        pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        # These fusions want Apex, TransformerEngine or torch.compile.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        cuda_graph_scope=[],
+        **(_moe_options(model) if model.is_moe else {}),
+    )
+
+
+def _moe_options(model: ModelArchitecture) -> dict[str, Any]:
+    return {
+        "num_moe_experts": model.experts,
+        "moe_ffn_hidden_size": model.expert_ffn,
+        "moe_router_topk": model.top_k,
+        "moe_layer_freq": [0] * model.dense_layers + [1] * model.moe_layers if model.dense_layers else 1,
+        "moe_shared_expert_intermediate_size": model.shared_expert_ffn or None,
+        "moe_shared_expert_gate": model.shared_expert_gate,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp32",
+        "moe_router_score_function": model.router_score,
+        # Softmax over the chosen logits is softmax over all, normalised over the chosen.
+        "moe_router_pre_softmax": model.router_score == "softmax" and not model.router_normalize_top_k,
+        "moe_router_topk_scaling_factor": model.router_scale if model.router_scale != 1 else None,
+        "moe_router_enable_expert_bias": model.router_bias,
+        # Balanced within each sequence, so that the loss does not depend on how a batch is cut (DeepSeek-V2, 2024).
+        "moe_router_load_balancing_type": "seq_aux_loss" if model.aux_loss else "none",
+        "moe_aux_loss_coeff": model.aux_loss,
+        "moe_z_loss_coeff": model.z_loss or None,
+    }
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage, and the final norm."""
+    pattern = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
+    if config.num_moe_experts is None:
+        pattern = [0] * config.num_layers
+    start = get_transformer_layer_offset(config)
+    stage = pattern[start : start + get_num_layers_to_build(config)]
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(config, is_moe=bool(is_moe)) for is_moe in stage], layer_norm=RMSNorm
+    )
+
+
+def _layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = ModuleSpec(module=MLP, submodules=linears)
+    if is_moe:
+        parts = MoESubmodules(
+            experts=ModuleSpec(module=SequentialMLP, submodules=linears),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
+        )
+        mlp = ModuleSpec(module=MoELayer, submodules=parts)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=CausalAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=RMSNorm if config.qk_layernorm else None,
+        k_layernorm=RMSNorm if config.qk_layernorm else None,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def build_model(
+    job: JobSpec, config: TransformerConfig, device: torch.device, *, first_stage: bool, last_stage: bool
+) -> GPTModel:
+    """This rank's shard of the model, weights drawn from `job.train.seed` alone.
+
+    Wants megatron.core.parallel_state initialised. Gives logits' cross-entropy [batch, sequence] for labels.
+    """
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_specs(config),
+        vocab_size=job.model.vocab,
+        max_sequence_length=job.train.sequence_length,
+        pre_process=first_stage,
+        post_process=last_stage,
+        share_embeddings_and_output_weights=job.model.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=job.model.rope_theta,
+    ).to(device)
+    for name, parameter in model.named_parameters():
+        # Megatron clears `allreduce` only if ep > 1. Where experts are replicated over more ranks than dense weights
+        # (etp * ep < tp) their gradients would be summed over too few; this sends them to the expert's own group.
+        if ".experts." in name:
+            parameter.allreduce = False
+    initialize(model, job.model, job.train.seed)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: GPTModel, architecture: ModelArchitecture, seed: int) -> None:
+    """Draw every matrix from a normal distribution and set biases to 0; norms stay at 1.
+
+    Each whole tensor is drawn by a generator seeded with its global name and then cut, so a weight is the same at every
+    layout (for one kind of device). Standard deviation `init_std`, over sqrt(2 * layers) for what writes to the
+    residual stream (GPT-2, Radford et al. 2019).
+    """
+    residual_std = architecture.init_std / math.sqrt(2 * architecture.layers)
+    for entry in model.sharded_state_dict().values():
+        for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
+            if not isinstance(shard, ShardedTensor):
+                continue
+            if shard.key.endswith(".bias"):
+                shard.data.zero_()
+            elif shard.data.dim() > 1:
+                writes_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+                _draw(shard, residual_std if writes_residual else architecture.init_std, seed)
+
+
+def _draw(shard: ShardedTensor, std: float, seed: int) -> None:
+    stacked = shard.prepend_axis_num
+    name = f"{seed} {shard.key} {shard.global_offset[:stacked]}"
+    generator = torch.Generator(shard.data.device)
+    generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
+    whole = torch.empty(shard.global_shape[stacked:], device=shard.data.device)
+    whole.normal_(0.0, std, generator=generator)
+    corner = shard.global_offset[stacked:]
+    shard.data.copy_(whole[tuple(slice(at, at + size) for at, size in zip(corner, shard.data.shape, strict=True))])

@@ -1,0 +1,188 @@
+"""The Megatron-Core engine: one rank's part of a model in training, over gloo on CPUs and over NCCL on GPUs."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from jobs.spec import JobSpec
+from models.megatron_specs import build_model, transformer_config
+from orchestrator.worker.engines.cuda_stand_in import install, repair_megatron
+from orchestrator.worker.engines.megatron_checkpoint import load_sharded, save_sharded
+from orchestrator.worker.engines.protocol import Batch, StepResult
+from parallel.layout import Layout
+
+# isort: split
+# After models.megatron_specs, which decides how Megatron is imported.
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+
+
+def build(job: JobSpec, layout: Layout, device: torch.device) -> MegatronEngine:
+    """Set up this rank's part of `job` at `layout` on `device`.
+
+    Wants torch.distributed initialised with layout.world ranks, gloo for a CPU or NCCL with the device set for a GPU.
+    Once a process: Megatron's parallel state is global.
+    """
+    if device.type == "cpu":
+        install()
+    repair_megatron()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        order="tp-cp-ep-dp-pp",
+        create_gloo_process_groups=False,
+    )
+    engine = MegatronEngine(job, layout, device)
+    # Megatron collects garbage whenever it gathers optimizer state: 0.3 s a time over all that was ever imported.
+    gc.freeze()
+    return engine
+
+
+class MegatronEngine:
+    """Implements `orchestrator.worker.engines.protocol.Engine`. All ranks of a DP coordinate are given equal batches.
+
+    Loss and gradients are means over the counted labels of the whole global batch. With the sequence-wise balancing
+    loss, what is optimised does not depend on dp, on the micro-batch, or on any other degree. Norms and biases are not
+    decayed.
+    """
+
+    parameters: int
+
+    def __init__(self, job: JobSpec, layout: Layout, device: torch.device) -> None:
+        self._train, self._layout, self._device = job.train, layout, device
+        self._reseed(0)
+        config = transformer_config(job, layout)
+        self._last_stage = parallel_state.is_pipeline_last_stage()
+        self._model = build_model(
+            job, config, device, first_stage=parallel_state.is_pipeline_first_stage(), last_stage=self._last_stage
+        )
+        # Float16Module is named by Megatron for what it does to inputs and outputs too: fp32 logits, bf16 between.
+        module = Float16Module(config, self._model) if config.bf16 else self._model
+        self._chunk = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+            module,
+        )
+        self._optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=self._train.learning_rate,
+                weight_decay=self._train.weight_decay,
+                adam_beta1=self._train.adam_beta1,
+                adam_beta2=self._train.adam_beta2,
+                adam_eps=self._train.adam_epsilon,
+                clip_grad=self._train.clip_grad_norm or math.inf,  # 0 would leave the norm uncomputed
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self._chunk],
+            use_gloo_process_groups=False,
+        )
+        # Adam's moments exist from the start: memory peaks in the first step, and step 0 can be saved.
+        for optimizer in self._optimizer.chained_optimizers:
+            optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+        config.no_sync_func = self._chunk.no_sync
+        config.finalize_model_grads_func = finalize_model_grads
+        self._forward_backward = get_forward_backward_func()
+        self.parameters = self._count_parameters()
+
+    def train_step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
+        self._reseed(step)
+        self._chunk.train()
+        self._chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        loss = self._run(batches, forward_only=False)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_mult"]
+            group["weight_decay"] = self._train.weight_decay * group["wd_mult"]
+        _, grad_norm, _ = self._optimizer.step()
+        # One broadcast from the last rank, which is on the last stage: equal everywhere to the last bit.
+        figures = torch.stack((loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=self._device)))
+        dist.broadcast(figures, src=self._layout.world - 1)
+        return StepResult(*figures.tolist())
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        self._chunk.eval()
+        with torch.no_grad():
+            loss = self._run(batches, forward_only=True)
+        dist.broadcast(loss, src=self._layout.world - 1)
+        return loss.item()
+
+    def save(self, folder: Path) -> None:
+        save_sharded(self._model, self._optimizer, folder)
+
+    def load(self, folder: Path) -> None:
+        load_sharded(self._model, self._optimizer, folder)
+
+    def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> torch.Tensor:
+        """Mean loss [] over all ranks' batches, float64, right on the last stage; leaves finalised gradients."""
+        data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        counted = torch.tensor(
+            sum(float(batch.loss_mask.sum()) for batch in batches), dtype=torch.float64, device=self._device
+        )
+        dist.all_reduce(counted, group=data)
+        # Megatron divides a micro-batch's loss by their number and averages gradients over DP: a sum of losses times
+        # this becomes the mean over the global batch. Its own per-token mode would shrink the z-loss by 1/tp.
+        scale = len(batches) * self._layout.dp / counted
+
+        def forward_step(source, model):
+            batch = next(source)
+            mask = self._put(batch.loss_mask)
+            output = model(self._put(batch.tokens), None, None, labels=self._put(batch.labels))
+
+            def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                total = (losses * mask).sum()
+                return total * scale.float(), total.detach()
+
+            return output, loss_of
+
+        totals = self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=self._chunk,
+            num_microbatches=len(batches),
+            seq_length=self._train.sequence_length,
+            micro_batch_size=len(batches[0].tokens),
+            forward_only=forward_only,
+        )
+        loss = torch.stack(totals).double().sum() if self._last_stage else torch.zeros_like(counted)
+        dist.all_reduce(loss, group=data)
+        return loss / counted
+
+    def _put(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def _reseed(self, step: int) -> None:
+        seed = int(np.random.SeedSequence((self._train.seed, step)).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+
+    def _count_parameters(self) -> int:
+        """Every element once: a replica that is not the first, and the last stage's tied embedding, do not count."""
+        held = sum(
+            entry.data.numel()
+            for entry in self._model.sharded_state_dict().values()
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and not any(entry.replica_id)
+        )
+        total = torch.tensor(held, device=self._device)
+        dist.all_reduce(total)
+        return int(total)

@@ -1,0 +1,56 @@
+"""Weights and optimizer state of a Megatron model, written and read so that every layout reads what any wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.optimizer import MegatronOptimizer
+
+# Of Megatron's formats for the distributed optimizer, the one that is laid out like the model and so can be read at
+# other degrees of every axis: fp32 weights and Adam's moments are gathered over DP and written as whole shards.
+_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+class _WriteInProcess(TorchDistSaveShardedStrategy):
+    """The torch_dist format, written by torch's own writer.
+
+    Megatron's starts a manager and two writer processes a rank, made for saving behind the back of training.
+    """
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def save_sharded(model: torch.nn.Module, optimizer: MegatronOptimizer, folder: Path) -> None:
+    """Collective. Write into the existing `folder`, on a disk that all ranks share."""
+    dist_checkpointing.save(_state(model, optimizer, is_loading=False), str(folder), _WriteInProcess("torch_dist", 1))
+
+
+def load_sharded(model: torch.nn.Module, optimizer: MegatronOptimizer, folder: Path) -> None:
+    """Collective. Restore what `save_sharded` wrote."""
+    state = dist_checkpointing.load(_state(model, optimizer, is_loading=True), str(folder))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def _state(model: torch.nn.Module, optimizer: MegatronOptimizer, *, is_loading: bool) -> ShardedStateDict:
+    weights = model.sharded_state_dict()
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_FORMAT),
+    }
