@@ -139,7 +139,7 @@ def window_of(sample: int, windows: int, order: str) -> int:
 
 
 def _windows(tokens: int, length: int) -> int:
-    """Windows k of tokens[k*length : k*length + length + 1] that fit; neighbours share a token, as label and as input."""
+    """Windows k of tokens[k*length : k*length + length + 1] that fit; neighbours share one token."""
     return (tokens - 1) // length
 
 
