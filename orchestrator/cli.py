@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from jobs.errors import InputError, InputErrors
@@ -59,7 +60,7 @@ def _plan(options: argparse.Namespace) -> Answer:
         "cluster": job.cluster.model_dump(),
         "considered": planning.considered,
         "plans": [plan.as_dict() for plan in planning.plans[: options.top]],
-        "rejections": [rejection.as_dict() for rejection in planning.rejections],
+        "rejections": [asdict(rejection) for rejection in planning.rejections],
     }, DONE
 
 

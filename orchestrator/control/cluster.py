@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 from jobs.errors import InputError
 from jobs.spec import ClusterSpec, JobSpec
-from orchestrator.messages import Event, RankLaunch, Report, parse_report
+from orchestrator.messages import Event, RankLaunch, Report
 from orchestrator.run_folder import RunFolder
 
 _CONNECT_SECONDS = 3.0
@@ -107,7 +107,7 @@ class Cluster:
         for future in done:
             node = self.nodes[self._polls.pop(future)]
             try:
-                found += [parse_report(line) for line in ray.get(future)]
+                found += ray.get(future)
             except RayError as error:
                 text = f"the agent of {node} is gone: {str(error).splitlines()[0]}"
                 found.append(Event(kind="node_lost", message=text, node=node))
@@ -146,7 +146,7 @@ class Cluster:
 
 def start_embedded(spec: ClusterSpec) -> None:
     """Ray on this machine alone, on the loopback interface."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, without its notice on stderr
     import ray
 
     ray.init(

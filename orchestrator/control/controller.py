@@ -78,7 +78,9 @@ class Controller:
             if isinstance(decision, Stop):
                 outcome = decision
                 continue
-            self._tell("restarting", f"restarting: {decision.reason}")
+            newest = next(iter(manifests.steps(self._record.run)), 0)
+            budget = f"restart {len(self._failures)} of at most {self._job.policy.max_restarts}"
+            self._tell("restarting", f"going back to step {newest}, {budget}", reason=decision.reason)
             if self._failures and self._failures[-1].kind == "node_lost":
                 self._machines.release()
                 outcome = self._acquire()
@@ -177,6 +179,8 @@ class Controller:
                 self._checkpoint_seconds = 0.0
             return None
         record.event(report)
+        if report.kind == "training_started":
+            record.ledger.switch("productive", report.at)
         if report.kind == "checkpoint_written":
             self._checkpoint_seconds += report.data["seconds"]
         if report.kind == "rank_exited":

@@ -43,7 +43,7 @@ class RunRecord:
             "ranks": [],
         }
         saved = run.read_json("ledger.json")
-        self.ledger = Ledger(time.time()) if saved is None else Ledger.resumed(saved, time.time())
+        self.ledger = Ledger(self._status["created_at"]) if saved is None else Ledger.resumed(saved, time.time())
         self._ranks: dict[int, dict[str, Any]] = {}
         self._waiting: dict[int, dict[int, StepReport]] = {}
         self._confirmed = 0.0

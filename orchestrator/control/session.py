@@ -44,6 +44,7 @@ def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["
 
 def run_here(run: RunFolder, job: JobSpec, display: Display) -> dict[str, Any]:
     """Train on this machine with an embedded Ray; returns the run's summary."""
+    display.opening(run.place, job, describe_layout(job))
     cluster.start_embedded(job.cluster)
     return _control(run, job, "here", display)
 
@@ -51,8 +52,10 @@ def run_here(run: RunFolder, job: JobSpec, display: Display) -> dict[str, Any]:
 def run_as_job(run: RunFolder) -> dict[str, Any]:
     """Control a run from within a job of a Ray cluster."""
     job = compose.load(run.read("job.json"), run.path("job.json"))
+    display = Display()
+    display.opening(run.place, job, describe_layout(job))
     cluster.connect()
-    return _control(run, job, "cluster", Display())
+    return _control(run, job, "cluster", display)
 
 
 def submit(run: RunFolder, job: JobSpec, client: Any) -> str:
@@ -121,7 +124,6 @@ def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], di
     layout = Layout.of(job.layout)
     record = RunRecord(run, world=layout.world, where=where, layout=layout.label)
     record.listen(display)
-    display.opening(run.place, job, describe_layout(job, layout))
     controller = Controller(job, record, cluster.Cluster(run, job), throughput(job, layout))
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -142,16 +144,17 @@ def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], di
     return facts
 
 
-def describe_layout(job: JobSpec, layout: Layout) -> str:
-    """`tp2 dp2 ep2 on 4 cpu ranks, micro-batch 2 x 4`."""
-    micro_batch = job.layout.micro_batch or 1
+def describe_layout(job: JobSpec) -> str:
+    """`tp2 dp2 ep2 on 4 cpu ranks, 2 x 4 sequences a rank and step`."""
+    layout, micro_batch = Layout.of(job.layout), job.layout.micro_batch or 1
     count = job.train.global_batch // (layout.dp * micro_batch)
-    return f"{layout.label} on {layout.world} {job.cluster.device} ranks, {count} micro-batches of {micro_batch} sequences"
+    return f"{layout.label} on {layout.world} {job.cluster.device} ranks, each {count} x {micro_batch} sequences a step"
 
 
 def throughput(job: JobSpec, layout: Layout) -> Throughput:
     """Tokens a second and, where the device's peak is known, model FLOPs utilisation of all ranks."""
-    peak = hardware(job.cluster.hardware).peak_flops(job.train.precision)
+    device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
+    peak = device.peak_flops(job.train.precision)
     flops_per_token = job.model.flops_per_token(job.train.sequence_length)
 
     def figures(tokens_per_second: float) -> dict[str, float]:

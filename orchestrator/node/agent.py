@@ -90,14 +90,14 @@ class NodeAgent:
             if launch.rank == 0:
                 self._store.close()
 
-    def poll(self, wait_seconds: float) -> list[dict[str, Any]]:
+    def poll(self, wait_seconds: float) -> list[Report]:
         """Reports and events since the last poll, as soon as there are any."""
         found: list[Report] = []
         with contextlib.suppress(queue.Empty):
             found.append(self._reports.get(timeout=wait_seconds))
             while True:
                 found.append(self._reports.get_nowait())
-        return [report.model_dump() for report in found]
+        return found
 
     def ask_to_stop(self) -> None:
         """Ask every rank to write a checkpoint at its next step and leave."""
