@@ -6,10 +6,11 @@ import contextlib
 import os
 import re
 import secrets
+import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from jobs.errors import InputError
@@ -24,22 +25,45 @@ _POLL_WAIT_SECONDS = 1.0
 class Cluster:
     """Node agents of a run, one a node, reserved together. Node `i` hosts the ranks of the i-th block of devices."""
 
-    def __init__(self, run: RunFolder, job: JobSpec) -> None:
-        self._run, self._job = run, job
+    def __init__(self, run: RunFolder, job: JobSpec, where: Literal["here", "cluster"]) -> None:
+        self._run, self._job, self._where = run, job, where
         self._group: Any = None
         self._agents: list[Any] = []
         self._polls: dict[Any, int] = {}
         self._preparing: list[Any] = []
         self.nodes: list[str] = []
 
+    def connect(self) -> None:
+        """Start Ray on this machine alone, on the loopback interface, or join the cluster that this process is a job of.
+
+        Ray sets signal handlers of its own; those that stand are put back.
+        """
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, without its notice on stderr
+        import ray
+
+        spec = self._job.cluster
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self._where == "cluster":
+            ray.init(address="auto", log_to_driver=False, configure_logging=False)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=spec.nodes,
+                num_gpus=_gpus(spec),
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                _node_ip_address="127.0.0.1",
+            )
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
     def request(self) -> None:
         """Ask Ray for all nodes at once; `granted` tells when they are there."""
         from ray.util.placement_group import placement_group
 
         spec = self._job.cluster
-        bundle: dict[str, float] = {"CPU": 1}
-        if spec.device == "cuda":
-            bundle["GPU"] = spec.devices_per_node
+        bundle = {"CPU": 1, "GPU": _gpus(spec)} if _gpus(spec) else {"CPU": 1}
         self._group = placement_group([bundle] * spec.nodes, strategy="STRICT_SPREAD")
 
     def granted(self, wait_seconds: float) -> bool:
@@ -59,7 +83,7 @@ class Cluster:
         self._agents = [
             actor.options(
                 num_cpus=1,
-                num_gpus=spec.devices_per_node if spec.device == "cuda" else 0,
+                num_gpus=_gpus(spec),
                 max_concurrency=4,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
             ).remote(self._run.place, node, session, self._job.model_dump(mode="json"))
@@ -125,6 +149,8 @@ class Cluster:
         import ray
         from ray.util.placement_group import remove_placement_group
 
+        if not ray.is_initialized():
+            return
         self._all("close")
         for agent in self._agents:
             ray.kill(agent)
@@ -142,29 +168,6 @@ class Cluster:
             with contextlib.suppress(RayError):
                 answers.append(ray.get(future))
         return answers
-
-
-def start_embedded(spec: ClusterSpec) -> None:
-    """Ray on this machine alone, on the loopback interface."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, without its notice on stderr
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=spec.nodes,
-        num_gpus=spec.devices_per_node if spec.device == "cuda" else 0,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _node_ip_address="127.0.0.1",
-    )
-
-
-def connect() -> None:
-    """The Ray cluster that this process is a job of."""
-    import ray
-
-    ray.init(address="auto", log_to_driver=False, configure_logging=False)
 
 
 def check_embedded(spec: ClusterSpec) -> None:

@@ -30,6 +30,7 @@ class Machines(Protocol):
 
     nodes: list[str]
 
+    def connect(self) -> None: ...
     def request(self) -> None: ...
     def granted(self, wait_seconds: float) -> bool: ...
     def start_agents(self) -> None: ...
@@ -72,6 +73,7 @@ class Controller:
         return outcome
 
     def _run(self) -> Stop:
+        self._machines.connect()
         outcome = self._acquire()
         while outcome is None:
             decision = self._attempt()

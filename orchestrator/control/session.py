@@ -44,18 +44,13 @@ def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["
 
 def run_here(run: RunFolder, job: JobSpec, display: Display) -> dict[str, Any]:
     """Train on this machine with an embedded Ray; returns the run's summary."""
-    display.opening(run.place, job, describe_layout(job))
-    cluster.start_embedded(job.cluster)
     return _control(run, job, "here", display)
 
 
 def run_as_job(run: RunFolder) -> dict[str, Any]:
     """Control a run from within a job of a Ray cluster."""
     job = compose.load(run.read("job.json"), run.path("job.json"))
-    display = Display()
-    display.opening(run.place, job, describe_layout(job))
-    cluster.connect()
-    return _control(run, job, "cluster", display)
+    return _control(run, job, "cluster", Display())
 
 
 def submit(run: RunFolder, job: JobSpec, client: Any) -> str:
@@ -124,13 +119,14 @@ def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], di
     layout = Layout.of(job.layout)
     record = RunRecord(run, world=layout.world, where=where, layout=layout.label)
     record.listen(display)
-    controller = Controller(job, record, cluster.Cluster(run, job), throughput(job, layout))
+    controller = Controller(job, record, cluster.Cluster(run, job, where), throughput(job, layout))
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         controller.interrupt()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    display.opening(run.place, job, describe_layout(job))
     try:
         corpus.check(job.data)
         outcome = controller.run()
