@@ -2,7 +2,7 @@
 
 A reason is the whole sentence with its numbers ("ep=16 does not divide experts=8"). A rule looks at one of four
 things, and the tables are kept apart so that the planner can refuse early: the job itself, the attention mesh
-(tp, cp, dp, pp, vpp), the expert mesh (etp, ep), the batch.
+(tp, cp, dp, pp), the expert mesh (etp, ep), the batch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def check_job(job: JobSpec) -> None:
     """InputError where the engine cannot train this job at any layout."""
     if job.engine != "megatron":
         raise InputError("engine", job.engine, f"the {job.engine} engine is not available yet", "megatron")
+    if (job.layout.vpp or 1) > 1:
+        rule = "the interleaved schedule is not available in the megatron engine yet"
+        raise InputError("layout.vpp", job.layout.vpp, rule, 1)
     model = job.model
     if model.is_multi_latent:
         rule = "the megatron engine does not run multi-latent attention yet"
@@ -57,10 +60,15 @@ def _kv_heads(layout: Layout, job: JobSpec) -> str | None:
     return None if heads % layout.tp == 0 else f"tp={layout.tp} does not divide kv_heads={heads}"
 
 
-def _not_yet(axis: str, what: str) -> Reason:
+def _no_context_parallelism(layout: Layout, job: JobSpec) -> str | None:
+    degree = layout.cp
+    return None if degree == 1 else f"cp={degree}: context parallelism is not available in the {job.engine} engine yet"
+
+
+def _no_experts(axis: str) -> Reason:
     def reason(layout: Layout, job: JobSpec) -> str | None:
         degree = layout.degree(axis)
-        return None if degree == 1 else f"{axis}={degree}: {what} is not available in the {job.engine} engine yet"
+        return None if job.model.is_moe or degree == 1 else f"{axis}={degree}, but {job.model.name} has no experts"
 
     return reason
 
@@ -73,26 +81,31 @@ def _replicated_experts(layout: Layout, job: JobSpec) -> str | None:
     With ep = 1 those ranks share their tp coordinate, the replicas of an expert shard their etp coordinate: the same
     ranks where etp = tp, otherwise silently wrong gradients.
     """
-    if layout.ep > 1 or layout.etp == layout.tp:
+    if not job.model.is_moe or layout.ep > 1 or layout.etp == layout.tp:
         return None
     return f"ep=1 with etp={layout.etp} and tp={layout.tp}: without expert parallelism experts need etp = tp"
 
 
 ATTENTION_RULES = (
-    Rule("context parallelism", "cp", _not_yet("cp", "context parallelism")),
-    Rule("virtual stages", "vpp", _not_yet("vpp", "the interleaved schedule")),
+    Rule("context parallelism", "cp", _no_context_parallelism),
     Rule("layers", "pp", _divides("pp", "layers", lambda job: job.model.layers)),
     Rule("heads", "tp", _divides("tp", "heads", lambda job: job.model.heads)),
     Rule("kv_heads", "tp", _kv_heads),
     Rule("vocab", "tp", _divides("tp", "vocab", lambda job: job.model.vocab)),
     Rule("ffn", "tp", _divides("tp", "ffn", lambda job: job.model.ffn if job.model.dense_layers else 0)),
-    Rule("shared_expert_ffn", "tp", _divides("tp", "shared_expert_ffn", lambda job: job.model.shared_expert_ffn)),
+    Rule(
+        "shared_expert_ffn",
+        "tp",
+        _divides("tp", "shared_expert_ffn", lambda job: job.model.shared_expert_ffn if job.model.is_moe else 0),
+    ),
     # Sequence parallelism, which goes with tp, splits the sequence too.
     Rule("sequence_length", "tp", _divides("tp", "sequence_length", lambda job: job.train.sequence_length)),
     Rule("global_batch", "dp", _divides("dp", "global_batch", lambda job: job.train.global_batch)),
 )
 
 EXPERT_RULES = (
+    Rule("dense model", "ep", _no_experts("ep")),
+    Rule("dense model", "etp", _no_experts("etp")),
     Rule("experts", "ep", _divides("ep", "experts", lambda job: job.model.experts)),
     Rule("expert_ffn", "etp", _divides("etp", "expert_ffn", lambda job: job.model.expert_ffn)),
     Rule("replicated experts", "etp", _replicated_experts),

@@ -7,7 +7,7 @@ schedule is 1F1B, idle for (p - 1) / m of its work (Narayanan et al. 2021).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from jobs.spec import JobSpec
 from parallel.hardware import Hardware, Link
@@ -34,7 +34,7 @@ class TimeEstimate:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)

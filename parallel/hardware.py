@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from jobs.errors import InputError, closest
@@ -31,7 +32,7 @@ class Hardware:
     source: str
     memory_bytes: int
     reserved_bytes: int
-    """What a rank holds before its first tensor: context, communicators, kernels, and the allocator's slack."""
+    """What a rank holds before its first tensor: context, communicators, kernels."""
     memory_bytes_per_second: float
     peak_bf16_flops: float | None
     peak_fp32_flops: float | None
@@ -73,7 +74,7 @@ def _gpu(
         name=name,
         source=source,
         memory_bytes=memory_gib * GIB,
-        reserved_bytes=3 * GIB,
+        reserved_bytes=2 * GIB,
         memory_bytes_per_second=memory_bandwidth,
         peak_bf16_flops=peak_bf16,
         peak_fp32_flops=peak_fp32,
@@ -156,6 +157,7 @@ _PROFILES: dict[str, Callable[[int], Hardware]] = {
 }
 
 
+@cache
 def hardware(name: str, devices_per_node: int) -> Hardware:
     """The profile of one of `devices_per_node` devices of a machine. InputError for a name that is not known."""
     if name not in _PROFILES:
