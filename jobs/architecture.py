@@ -24,7 +24,7 @@ class ModelArchitecture(Spec):
     hidden: int = Field(gt=0)
     heads: int = Field(gt=0)
     kv_heads: int = Field(gt=0, description="query groups; equal to heads without GQA")
-    head_dim: int = Field(gt=0, description="width of a head; multi-latent attention: the query/key part without rotary")
+    head_dim: int = Field(gt=0, description="width of a head; multi-latent attention: without the rotary part")
     ffn: int = Field(ge=0, description="width of the dense feed-forward layers (SwiGLU); 0 if every layer is MoE")
     vocab: int = Field(gt=1)
     tied_embeddings: bool = False
@@ -108,7 +108,7 @@ class ModelArchitecture(Spec):
 
     @property
     def attention_replicated_parameters(self) -> int:
-        """Attention weights of one layer that every tensor-parallel rank holds whole: head norms, latent projections."""
+        """Attention weights of one layer that every tensor-parallel rank holds whole: head norms, latents."""
         if not self.is_multi_latent:
             return 2 * self.head_dim * self.qk_norm
         query = self.q_lora_rank * (self.hidden + 1)

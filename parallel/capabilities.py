@@ -76,10 +76,10 @@ def _no_experts(axis: str) -> Reason:
 def _replicated_experts(layout: Layout, job: JobSpec) -> str | None:
     """Megatron-Core 0.16.1 reduces expert gradients over EDP only where EP > 1.
 
-    `ColumnParallelLinear` and `RowParallelLinear` (and `GroupedMLP`) set `weight.allreduce = not (is_expert and ep > 1)`;
-    `DistributedDataParallel` and the optimizer put what has `allreduce` into the dense buffers, reduced over DP x CP.
-    With ep = 1 those ranks share their tp coordinate, the replicas of an expert shard their etp coordinate: the same
-    ranks where etp = tp, otherwise silently wrong gradients.
+    `ColumnParallelLinear`, `RowParallelLinear` and `GroupedMLP` set `weight.allreduce = not (is_expert and ep > 1)`;
+    `DistributedDataParallel` and the optimizer put what has `allreduce` into the dense buffers, reduced over DP x CP:
+    the ranks of one tp coordinate. With ep = 1 the replicas of an expert shard are the ranks of one etp coordinate.
+    These are the same ranks where etp = tp, and only there; elsewhere gradients would be silently wrong.
     """
     if not job.model.is_moe or layout.ep > 1 or layout.etp == layout.tp:
         return None

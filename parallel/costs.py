@@ -1,4 +1,4 @@
-"""How long a training step takes: a first analytical estimate, in seconds, of the slowest pipeline stage. Nothing overlaps.
+"""How long a training step takes: a first analytical estimate, in seconds, of the slowest stage. Nothing overlaps.
 
 Compute is model FLOPs at the rate a device achieves, plus the memory traffic and the launches that do not hide behind
 them. Collectives are rings over the slower of the links they cross (Thakur et al. 2005; alpha-beta model). The
@@ -34,7 +34,7 @@ class TimeEstimate:
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        return sum((float(seconds) for seconds in vars(self).values()), 0.0)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Network:
         return (size - 1) * (total_bytes / size / link.bytes_per_second + link.latency_seconds)
 
     def all_to_all(self, bytes_per_rank: float, size: int, stride: int) -> float:
-        """Each rank sends `bytes_per_rank` in equal parts: what stays in the node on its link, the rest on the network."""
+        """Each rank sends `bytes_per_rank` in equal parts, within its node on its link, beyond on the network."""
         per_node = max(1, min(size, self.devices_per_node // stride))
         nodes = -(-size // per_node)
         inside, outside = self.hardware.intra_node, self.hardware.inter_node
@@ -168,6 +168,6 @@ def _data_seconds(job: JobSpec, layout: Layout, stage: Stage, network: Network) 
 
 
 def _optimizer_seconds(job: JobSpec, layout: Layout, stage: Stage, hardware: Hardware) -> float:
-    """Adam is bound by memory: weight and both moments read and written, gradient read, all in fp32; weights written."""
+    """Adam, bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written."""
     shard = stage.dense_parameters / (layout.dp * layout.cp) + stage.expert_parameters / layout.edp
     return shard * (28 + element_bytes(job)) / hardware.memory_bytes_per_second

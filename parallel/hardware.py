@@ -1,4 +1,4 @@
-"""Profiles of devices: how fast they compute, how much they hold, how fast they talk. Published or measured, each with its source.
+"""Profiles of devices: how fast they compute, how much they hold, how fast they talk; each with its source.
 
 A profile describes one device, that is one rank's share of a machine.
 """
@@ -103,7 +103,7 @@ def _a100_80gb(devices_per_node: int) -> Hardware:
 def _h100(devices_per_node: int) -> Hardware:
     return _gpu(
         "h100",
-        "NVIDIA H100 SXM datasheet; all-to-all of 470 MB over 8, 16, 32, 64 GPUs: 1.3, 5.8, 8.1, 9.2 ms (arXiv 2603.07685)",
+        "NVIDIA H100 SXM datasheet; all-to-all of 470 MB on 8, 16, 32, 64: 1.3, 5.8, 8.1, 9.2 ms (arXiv 2603.07685)",
         memory_gib=79,
         memory_bandwidth=3.35e12,
         peak_bf16=989.5e12,

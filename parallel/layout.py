@@ -107,9 +107,8 @@ class Layout:
     @cached_property
     def label(self) -> str:
         """Degrees above 1, for a table or a log line: `tp2 dp2 ep2`."""
-        shown = [f"{axis}{self.degree(axis)}" for axis in ("tp", "cp", "dp", "pp", "vpp", "ep") if self.degree(axis) > 1]
-        if self.etp != 1:
-            shown.append(f"etp{self.etp}")
+        axes = ("tp", "cp", "dp", "pp", "vpp", "ep", "etp")
+        shown = [f"{axis}{self.degree(axis)}" for axis in axes if self.degree(axis) > 1]
         return " ".join(shown) or "one rank"
 
     def as_dict(self) -> dict[str, int | bool]:

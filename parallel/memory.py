@@ -31,7 +31,7 @@ class MemoryEstimate:
     activations: int
     logits: int
     workspace: int
-    """Alive for a moment of a backward: the widest block's gathered input and gradients, the largest weight's gradient."""
+    """Alive for a moment: the widest block's gathered input and gradients, the largest weight's gradient."""
     overhead: int
     """What the device holds before the first tensor, and the allocator's slack."""
 
@@ -42,7 +42,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a pipeline stage holds: numbers of layers, and the parameters of one of its ranks, by how they are reduced."""
+    """What a pipeline stage holds: numbers of layers, and one rank's parameters, by where they are reduced."""
 
     dense_layers: int
     moe_layers: int

@@ -58,7 +58,7 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Planning:
-    """`plans` fastest first. `considered` counts layouts; a refused attention mesh counts once, not by its expert meshes."""
+    """`plans` fastest first. `considered` counts layouts; a refused attention mesh counts once."""
 
     plans: tuple[Plan, ...]
     rejections: tuple[Rejection, ...]
@@ -66,7 +66,7 @@ class Planning:
 
 
 def plan_job(job: JobSpec) -> Planning:
-    """Every layout of the job on its cluster that the engine runs and memory holds; degrees that the job fixes are kept.
+    """Every layout of the job on its cluster that the engine runs and memory holds; fixed degrees are kept.
 
     The product of tp, cp, dp and pp is the number of the cluster's devices, or less where the job fixes all four.
     InputError where nothing is left: why, class by class, and the nearest choice that runs.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -125,17 +125,22 @@ def architectures(draw: st.DrawFn) -> ModelArchitecture:
         shared_expert_ffn=number(0) if experts else 0,
         shared_expert_gate=bool(experts) and draw(st.booleans()),
         first_dense_layers=number(0, 6),
-        **({"kv_lora_rank": number(), "q_lora_rank": number(0), "rope_head_dim": number(), "value_head_dim": number()}
-           if latent else {}),
+        **(
+            {"kv_lora_rank": number(), "q_lora_rank": number(0), "rope_head_dim": number(), "value_head_dim": number()}
+            if latent
+            else {}
+        ),
     )
 
 
+@settings(deadline=None)
 @given(architectures())
 def test_counts_equal_the_tensors_written_out(model: ModelArchitecture) -> None:
     assert model.parameters == sum(map(prod, shapes(model, model.experts).values()))
     assert model.active_parameters == sum(map(prod, shapes(model, model.top_k).values()))
 
 
+@settings(deadline=None)
 @given(architectures(), st.integers(1, 64).map(lambda half: 2 * half))
 def test_flops_equal_the_products_written_out(model: ModelArchitecture, sequence_length: int) -> None:
     assert model.flops_per_token(sequence_length) == matmul_flops(model, sequence_length)
