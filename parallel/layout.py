@@ -7,10 +7,8 @@ need not agree. Rank order is Megatron-Core's `tp-cp-ep-dp-pp`: tp varies fastes
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from jobs.errors import InputError
 from jobs.spec import LayoutSpec
@@ -52,7 +50,7 @@ class Layout:
                 self.ep,
                 f"etp*ep={self.etp}*{self.ep}={self.etp * self.ep} does not divide "
                 f"tp*cp*dp={self.tp}*{self.cp}*{self.dp}={plane}",
-                _nearest_divisor(plane // self.etp, self.ep) if plane % self.etp == 0 else None,
+                nearest_divisor(plane // self.etp, self.ep) if plane % self.etp == 0 else None,
             )
 
     @classmethod
@@ -123,24 +121,12 @@ class Layout:
         return {**asdict(self), "edp": self.edp}
 
 
-def layouts(world: int, *, expert_parallel: bool) -> Iterator[Layout]:
-    """Every layout of exactly `world` ranks without virtual stages; only ep = etp = 1 without experts."""
-    for tp, cp, pp in itertools.product(divisors(world), repeat=3):
-        if world % (tp * cp * pp):
-            continue
-        dp = world // (tp * cp * pp)
-        if not expert_parallel:
-            yield Layout(tp=tp, cp=cp, dp=dp, pp=pp)
-            continue
-        plane = tp * cp * dp
-        for etp in divisors(plane):
-            for ep in divisors(plane // etp):
-                yield Layout(tp=tp, cp=cp, dp=dp, pp=pp, ep=ep, etp=etp)
+@cache
+def divisors(number: int) -> tuple[int, ...]:
+    """In ascending order."""
+    return tuple(candidate for candidate in range(1, number + 1) if number % candidate == 0)
 
 
-def divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` closest to `wanted`, the smaller of two."""
     return min(divisors(number), key=lambda divisor: (abs(divisor - wanted), divisor))

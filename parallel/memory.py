@@ -1,0 +1,161 @@
+"""What one rank holds while it trains: a first analytical estimate, in bytes, of the fullest pipeline stage.
+
+Sources: mixed-precision states as in ZeRO (Rajbhandari et al. 2020) with Megatron-Core's distributed optimizer;
+activations after Korthikanti et al. 2022, rewritten for RMSNorm, GQA, SwiGLU and MoE, without dropout, with a fused
+attention that keeps no scores, without recomputation; 1F1B as in Narayanan et al. 2021.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jobs.architecture import ModelArchitecture
+from jobs.spec import JobSpec
+from parallel.hardware import hardware
+from parallel.layout import Layout
+
+EXPERT_LOAD = 1.25
+"""Tokens of the busiest expert-parallel rank over the mean: what a balancing loss leaves. An assumption."""
+
+ALLOCATOR_SLACK = 0.07
+"""What torch's allocator reserves above what is allocated: 3 to 7% in SimuMax's records of Megatron-LM on 8 GPUs."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on a rank of the fullest stage, part by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+    """Alive for a moment: the widest block's gathered input and gradients, the largest weight's gradient."""
+    overhead: int
+    """What the device holds before the first tensor, and the allocator's slack."""
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a pipeline stage holds: numbers of layers, and one rank's parameters, by where they are reduced."""
+
+    dense_layers: int
+    moe_layers: int
+    is_last: bool
+    dense_parameters: int
+    """Reduced over DP x CP."""
+    expert_parameters: int
+    """Reduced over EDP."""
+
+
+def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
+    """The pipeline's stages, first to last, each of layers / pp layers."""
+    per_stage = model.layers // layout.pp
+    every_layer = (
+        model.attention_split_parameters // layout.tp + model.attention_replicated_parameters + model.norm_parameters
+    )
+    dense_ffn = model.ffn_parameters // layout.tp
+    gate = model.hidden * model.shared_expert_gate
+    moe_ffn = model.router_parameters + (model.shared_expert_parameters - gate) // layout.tp + gate
+    experts = model.experts // layout.ep * model.expert_parameters // layout.etp
+    table = model.embedding_parameters // layout.tp
+    found = []
+    for index in range(layout.pp):
+        is_first, is_last = index == 0, index == layout.pp - 1
+        dense = min(per_stage, max(0, model.dense_layers - index * per_stage))
+        moe = per_stage - dense
+        # The head is a table of its own; tied, the last stage still needs its copy unless it is the first as well.
+        tables = is_first + (is_last and not (is_first and model.tied_embeddings))
+        found.append(
+            Stage(
+                dense_layers=dense,
+                moe_layers=moe,
+                is_last=is_last,
+                dense_parameters=per_stage * every_layer
+                + dense * dense_ffn
+                + moe * moe_ffn
+                + tables * table
+                + is_last * model.hidden,
+                expert_parameters=moe * experts,
+            )
+        )
+    return found
+
+
+def activation_bytes(job: JobSpec, layout: Layout, micro_batch: int) -> tuple[int, int]:
+    """What one dense and one MoE layer keep of a micro-batch for their backward (sequence parallelism with tp > 1)."""
+    model, element = job.model, element_bytes(job)
+    tokens = micro_batch * job.train.sequence_length // layout.cp  # seen by each tensor-parallel group
+    attention = 2 * model.hidden + _attention_width(model)
+    dense = tokens * element * (attention + 2 * model.hidden + 3 * model.ffn) // layout.tp
+    if not model.is_moe:
+        return dense, 0
+    shared = tokens * element * (attention + 2 * model.hidden + 3 * model.shared_expert_ffn) // layout.tp
+    router = tokens * 4 * 3 * model.experts // layout.tp
+    routed = routed_tokens(job, layout, micro_batch)
+    expert = routed * element * (model.hidden + 3 * model.expert_ffn // layout.etp)
+    return dense, shared + router + round(expert)
+
+
+def routed_tokens(job: JobSpec, layout: Layout, micro_batch: int) -> float:
+    """Token copies that the busiest rank's experts receive of a micro-batch, in one MoE layer.
+
+    Each rank sends top_k copies of its tokens; an expert tensor-parallel group gathers those of all its ranks.
+    """
+    tokens = micro_batch * job.train.sequence_length / (layout.tp * layout.cp)
+    return tokens * job.model.top_k * layout.etp * (EXPERT_LOAD if layout.ep > 1 else 1.0)
+
+
+def estimate_memory(job: JobSpec, layout: Layout, micro_batch: int) -> MemoryEstimate:
+    """Bytes on a rank of the pipeline stage that holds most."""
+    model, element = job.model, element_bytes(job)
+    device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
+    dense_layer, moe_layer = activation_bytes(job, layout, micro_batch)
+    micro_batches = job.train.global_batch // (layout.dp * micro_batch)
+    tokens = micro_batch * job.train.sequence_length // layout.cp
+    widest = max(model.ffn, model.shared_expert_ffn, model.head_dim * model.heads) // layout.tp
+    largest_weight = max(
+        model.embedding_parameters // layout.tp,
+        2 * model.hidden * model.ffn // layout.tp,
+        2 * model.hidden * model.expert_ffn // layout.etp,
+    )
+    workspace = element * (tokens * (2 * model.hidden + 3 * widest) + largest_weight)
+    # bf16 keeps fp32 gradients, and an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
+    optimizer_bytes = 12 if job.train.precision == "bf16" else 8
+    estimates = []
+    for index, stage in enumerate(stages(model, layout)):
+        parameters = stage.dense_parameters + stage.expert_parameters
+        optimizer = stage.dense_parameters / (layout.dp * layout.cp) + stage.expert_parameters / layout.edp
+        in_flight = min(micro_batches, layout.pp - index)
+        layers = stage.dense_layers * dense_layer + stage.moe_layers * moe_layer
+        # Logits in the model's precision with their gradient, and the fp32 softmax that the loss keeps.
+        logits = tokens * model.vocab // layout.tp * (2 * element + 4) if stage.is_last else 0
+        allocated = {
+            "weights": parameters * element,
+            "gradients": parameters * 4,
+            "optimizer": round(optimizer * optimizer_bytes),
+            "activations": in_flight * layers,
+            "logits": logits,
+            "workspace": workspace,
+        }
+        slack = round(ALLOCATOR_SLACK * sum(allocated.values()))
+        estimates.append(MemoryEstimate(**allocated, overhead=device.reserved_bytes + slack))
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def element_bytes(job: JobSpec) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if job.train.precision == "bf16" else 4
+
+
+def _attention_width(model: ModelArchitecture) -> int:
+    """Elements a token's attention keeps besides its input: query, key, value, output (and the latent vectors)."""
+    if not model.is_multi_latent:
+        return 2 * (model.heads + model.kv_heads) * model.head_dim
+    latent = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
+    return latent + 2 * model.heads * (model.head_dim + model.rope_head_dim + model.value_head_dim)

@@ -1,0 +1,255 @@
+"""From a job to the layouts that run it, fastest first, and an account of those that do not. Pure arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from math import log2, prod
+from typing import Any
+
+from jobs.errors import InputError
+from jobs.spec import JobSpec, LayoutSpec
+from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, check_job, refusal
+from parallel.costs import TimeEstimate, estimate_time
+from parallel.hardware import GIB, hardware
+from parallel.layout import ATTENTION_AXES, Layout, divisors
+from parallel.memory import MemoryEstimate, estimate_memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout that runs, with its fastest micro-batch that fits."""
+
+    layout: Layout
+    micro_batch: int
+    micro_batches: int
+    """Micro-batches that each rank computes in a step."""
+    memory: MemoryEstimate
+    time: TimeEstimate
+    tokens_per_second: float
+    mfu: float | None
+    """Model FLOPs over the device's peak; None where no peak is known."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For plan.json: names with units, parts beside their totals."""
+        return {
+            "layout": self.layout.as_dict(),
+            "micro_batch": self.micro_batch,
+            "micro_batches": self.micro_batches,
+            "step_seconds": self.time.total,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "memory_bytes": {**asdict(self.memory), "total": self.memory.total},
+            "time_seconds": {**asdict(self.time), "total": self.time.total},
+        }
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A class of layouts that do not run: how many, and one of them with the numbers (of memory, the nearest miss)."""
+
+    key: str
+    count: int
+    example: str
+    axis: str | None
+    """The degree that is to blame, a field of LayoutSpec; None for memory, which they all share."""
+
+
+@dataclass(frozen=True)
+class Planning:
+    """`plans` fastest first. `considered` counts layouts; a refused attention mesh counts once."""
+
+    plans: tuple[Plan, ...]
+    rejections: tuple[Rejection, ...]
+    considered: int
+
+
+def plan_job(job: JobSpec) -> Planning:
+    """Every layout of the job on its cluster that the engine runs and memory holds; fixed degrees are kept.
+
+    The product of tp, cp, dp and pp is the number of the cluster's devices, or less where the job fixes all four.
+    InputError where nothing is left: why, class by class, and the nearest choice that runs.
+    """
+    check_job(job)
+    device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
+    search = _Search(job)
+    plans = []
+    for layout, fits in search.fitting():
+        timed = [(estimate_time(job, layout, micro_batch, device), micro_batch) for micro_batch in fits]
+        time, micro_batch = min(timed, key=lambda pair: (pair[0].total, pair[1]))
+        tokens_per_second = job.train.global_batch * job.train.sequence_length / time.total
+        peak = device.peak_flops(job.train.precision)
+        flops = job.model.flops_per_token(job.train.sequence_length) * tokens_per_second / layout.world
+        plans.append(
+            Plan(
+                layout=layout,
+                micro_batch=micro_batch,
+                micro_batches=job.train.global_batch // (layout.dp * micro_batch),
+                memory=fits[micro_batch],
+                time=time,
+                tokens_per_second=tokens_per_second,
+                mfu=flops / peak if peak else None,
+            )
+        )
+    rejections = tuple(sorted(search.rejections.values(), key=lambda rejection: -rejection.count))
+    if not plans:
+        raise _nothing_runs(job, rejections)
+    # Of equals, the layout that cuts the model least.
+    plans.sort(key=lambda plan: (plan.time.total, plan.layout.pp, plan.layout.tp, plan.layout.etp, plan.layout.ep))
+    return Planning(tuple(plans), rejections, len(plans) + sum(rejection.count for rejection in rejections))
+
+
+def resolve(job: JobSpec, plan: Plan) -> JobSpec:
+    """The job with every degree and the micro-batch filled in."""
+    degrees = {axis: plan.layout.degree(axis) for axis in LayoutSpec.model_fields if axis != "micro_batch"}
+    return job.model_copy(update={"layout": LayoutSpec(**degrees, micro_batch=plan.micro_batch)})
+
+
+class _Search:
+    """One enumeration of a job's layouts; `rejections` is whole once `fitting` is exhausted."""
+
+    def __init__(self, job: JobSpec) -> None:
+        self.job = job
+        self.rejections: dict[str, Rejection] = {}
+        self._nearest_miss: int | None = None
+
+    def fitting(self) -> Iterator[tuple[Layout, dict[int, MemoryEstimate]]]:
+        """Layouts that run, each with the micro-batches that fit."""
+        for mesh in self._attention_meshes():
+            for layout in self._folded(mesh):
+                fits = self._micro_batches(layout)
+                if fits:
+                    yield layout, fits
+
+    def _reject(self, key: str, axis: str | None, reason: str) -> None:
+        known = self.rejections.get(key) or Rejection(key, 0, reason, axis)
+        self.rejections[key] = replace(known, count=known.count + 1)
+
+    def _attention_meshes(self) -> Iterator[Layout]:
+        fixed, devices = self.job.layout, self.job.cluster.devices
+        given = {axis: degree for axis in ATTENTION_AXES if (degree := getattr(fixed, axis)) is not None}
+        product = prod(given.values())
+        shown = f"{'*'.join(given)}={'*'.join(map(str, given.values()))}" + (f"={product}" if len(given) > 1 else "")
+        if product > devices:
+            largest = max(given, key=lambda axis: given[axis])
+            self._reject("devices", largest, f"{shown} exceeds the cluster's {devices} devices")
+            return
+        if len(given) < len(ATTENTION_AXES) and devices % product:
+            odd = next((axis for axis in given if devices % given[axis]), next(iter(given)))
+            self._reject("devices", odd, f"{shown} does not divide the cluster's {devices} devices")
+            return
+        world = product if len(given) == len(ATTENTION_AXES) else devices
+        choices = {axis: (given[axis],) if axis in given else divisors(world) for axis in ATTENTION_AXES}
+        for tp, cp, pp in itertools.product(choices["tp"], choices["cp"], choices["pp"]):
+            dp, rest = divmod(world, tp * cp * pp)
+            if rest or dp not in choices["dp"]:
+                continue
+            mesh = Layout(tp=tp, cp=cp, dp=dp, pp=pp)
+            refused = refusal(ATTENTION_RULES, mesh, self.job)
+            if refused:
+                self._reject(refused[0].key, refused[0].axis, refused[1])
+            else:
+                yield mesh
+
+    def _folded(self, mesh: Layout) -> Iterator[Layout]:
+        """The expert meshes over an attention mesh."""
+        fixed, plane = self.job.layout, mesh.tp * mesh.cp * mesh.dp
+        for etp in (fixed.etp,) if fixed.etp else self._left(plane, fixed.ep or 1):
+            for ep in (fixed.ep,) if fixed.ep else self._left(plane, etp):
+                try:
+                    layout = replace(mesh, ep=ep, etp=etp)
+                except InputError as error:
+                    self._reject("expert mesh", "ep" if fixed.ep else "etp", error.rule)
+                    continue
+                refused = refusal(EXPERT_RULES, layout, self.job)
+                if refused:
+                    self._reject(refused[0].key, refused[0].axis, refused[1])
+                else:
+                    yield layout
+
+    def _left(self, plane: int, taken: int) -> tuple[int, ...]:
+        """Degrees that one axis of the expert mesh may have beside another of `taken`."""
+        return divisors(plane // taken) if self.job.model.is_moe and plane % taken == 0 else (1,)
+
+    def _micro_batches(self, layout: Layout) -> dict[int, MemoryEstimate]:
+        batch, fixed = self.job.train.global_batch, self.job.layout.micro_batch
+        share = batch // layout.dp
+        if fixed and share % fixed:
+            reason = f"micro_batch={fixed} does not divide global_batch/dp={batch}/{layout.dp}={share}"
+            self._reject("micro_batch", "micro_batch", reason)
+            return {}
+        choices = (fixed,) if fixed else tuple(2**power for power in range((share & -share).bit_length()))
+        limit = hardware(self.job.cluster.hardware, self.job.cluster.devices_per_node).memory_bytes
+        fits: dict[int, MemoryEstimate] = {}
+        for micro_batch in choices:
+            memory = estimate_memory(self.job, layout, micro_batch)
+            if memory.total > limit:
+                break
+            fits[micro_batch] = memory
+        if not fits:
+            reason = (
+                f"{layout.label} with micro_batch={micro_batch} needs {memory.total / GIB:.1f} GiB a device, "
+                f"which has {limit / GIB:.1f} GiB"
+            )
+            self._reject("memory", None, reason)
+            if self._nearest_miss is None or memory.total < self._nearest_miss:
+                self._nearest_miss = memory.total
+                self.rejections["memory"] = replace(self.rejections["memory"], example=reason)
+        return fits
+
+
+def _nothing_runs(job: JobSpec, rejections: tuple[Rejection, ...]) -> InputError:
+    changed = _nearest_layout(job)
+    # What blames a degree to be changed is said first.
+    ordered = sorted(rejections, key=lambda rejection: rejection.axis not in (*changed, None))
+    if len(ordered) == 1:
+        why = ordered[0].example
+    else:
+        classes = "; ".join(f"{rejection.example} ({rejection.key}: {rejection.count})" for rejection in ordered)
+        why = f"no layout on {job.cluster.devices} devices runs: {classes}"
+    if changed:
+        axis = next((rejection.axis for rejection in ordered if rejection.axis in changed), None) or next(iter(changed))
+        nearest = " ".join(f"{name}={degree}" for name, degree in changed.items())
+        return InputError(f"layout.{axis}", getattr(job.layout, axis), why, nearest)
+    cluster = _nearest_cluster(job, any(rejection.key == "memory" for rejection in rejections))
+    if cluster is None:
+        return InputError("cluster", job.cluster.name, why)
+    field, value = cluster
+    return InputError(f"cluster.{field}", getattr(job.cluster, field), why, f"{field}={value}")
+
+
+def _nearest_layout(job: JobSpec) -> dict[str, int]:
+    """The fewest of the job's fixed degrees to change, by the smallest factors, so that it runs; {} if none helps."""
+    fixed = {axis: degree for axis, degree in job.layout.model_dump().items() if degree is not None}
+    for number in range(1, len(fixed) + 1):
+        best: tuple[float, dict[str, int]] | None = None
+        # Of equally near choices the one that leaves the first degrees (tp before etp) as they are.
+        for freed in itertools.combinations(reversed(fixed), number):
+            relaxed = job.layout.model_copy(update=dict.fromkeys(freed))
+            search = _Search(job.model_copy(update={"layout": relaxed}))
+            for layout, fits in search.fitting():
+                for micro_batch in fits:
+                    degrees = {**layout.as_dict(), "micro_batch": micro_batch}
+                    found = {axis: int(degrees[axis]) for axis in fixed if axis in freed}
+                    distance = sum(abs(log2(found[axis] / fixed[axis])) for axis in freed)
+                    if best is None or distance < best[0]:
+                        best = distance, found
+        if best:
+            return best[1]
+    return {}
+
+
+def _nearest_cluster(job: JobSpec, short_of_memory: bool) -> tuple[str, int] | None:
+    """Field of ClusterSpec to change and its nearest value that runs: more nodes for memory, else fewer devices."""
+    cluster = job.cluster
+    if short_of_memory:
+        choices = [("nodes", cluster.nodes * 2**power) for power in range(1, 7)]
+    else:
+        choices = [("nodes", nodes) for nodes in range(cluster.nodes - 1, 0, -1)]
+        choices += [("devices_per_node", devices) for devices in range(cluster.devices_per_node - 1, 0, -1)]
+    for field, value in choices:
+        resized = job.model_copy(update={"cluster": cluster.model_copy(update={field: value})})
+        if next(_Search(resized).fitting(), None):
+            return field, value
+    return None

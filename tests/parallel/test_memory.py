@@ -1,0 +1,115 @@
+"""The memory estimate: its parts, its shares, and published measurements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jobs.architecture import ModelArchitecture
+from parallel.hardware import GIB
+from parallel.layout import Layout
+from parallel.memory import estimate_memory, stages
+
+# Largest allocated memory of a rank, GiB, of Megatron-LM 0.14 at sequence 4096, micro-batch 1, for cut-down models on
+# 8 GPUs, as recorded by SimuMax (github.com/MooreThreads/SimuMax). One dense layer in the DeepSeek rows is inferred.
+LLAMA_70B = ("llama3_70b", {"layers": 12})
+LLAMA_405B = ("llama3_70b", {"layers": 4, "hidden": 16384, "heads": 128, "ffn": 53248})
+DEEPSEEK_V3 = ("deepseek_v3", {"layers": 4, "first_dense_layers": 1})
+DEEPSEEK_V2 = (
+    "deepseek_v3",
+    {"layers": 4, "first_dense_layers": 1, "hidden": 5120, "ffn": 12288, "vocab": 102400, "experts": 160, "top_k": 6}
+    | {"expert_ffn": 1536, "shared_expert_ffn": 3072},
+)
+MEASURED = [
+    (LLAMA_70B, {"pp": 2, "dp": 4}, 16, 66.55),
+    (LLAMA_70B, {"tp": 2, "dp": 4}, 16, 60.68),
+    (LLAMA_70B, {"tp": 4, "dp": 2}, 8, 39.07),
+    (LLAMA_70B, {"tp": 8}, 4, 28.29),
+    (LLAMA_405B, {"pp": 2, "dp": 4}, 16, 87.08),
+    (LLAMA_405B, {"tp": 2, "dp": 4}, 16, 81.59),
+    (LLAMA_405B, {"tp": 4, "dp": 2}, 8, 52.89),
+    (LLAMA_405B, {"tp": 8}, 4, 38.57),
+    (DEEPSEEK_V2, {"dp": 8, "ep": 8}, 32, 45.63),
+    (DEEPSEEK_V2, {"pp": 2, "dp": 4, "ep": 4}, 16, 44.70),
+    (DEEPSEEK_V3, {"dp": 8, "ep": 8}, 32, 104.3),
+    (DEEPSEEK_V3, {"pp": 2, "dp": 4, "ep": 4}, 16, 114.0),
+]
+
+
+@pytest.mark.parametrize(("model", "layout", "global_batch", "measured"), MEASURED)
+def test_published_measurements(
+    make_job: Any, model: tuple[str, dict[str, int]], layout: dict[str, int], global_batch: int, measured: float
+) -> None:
+    job = make_job(model[0], "h200_x8", model_changes=model[1], global_batch=global_batch)
+    memory = estimate_memory(job, Layout(**layout), 1)
+    allocated = (memory.total - memory.overhead) / GIB
+    assert allocated == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "qwen2_57b_a14b", "llama3_8b", "deepseek_v3", "qwen3_30b_a3b"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_rank_holds_every_parameter(make_job: Any, name: str, tied: bool) -> None:
+    model: ModelArchitecture = make_job(name, model_changes={"tied_embeddings": tied}).model
+    (stage,) = stages(model, Layout())
+    assert stage.dense_parameters + stage.expert_parameters == model.parameters
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_stages_share_the_parameters(make_job: Any, tied: bool) -> None:
+    """Over all ranks of tp, etp, ep and pp: every parameter once, but for what tensor parallelism replicates."""
+    model: ModelArchitecture = make_job("qwen2_57b_a14b", model_changes={"tied_embeddings": tied}).model
+    layout = Layout(tp=2, dp=4, pp=4, ep=8)
+    held = sum(2 * stage.dense_parameters + 8 * stage.expert_parameters for stage in stages(model, layout))
+    layer = model.attention_replicated_parameters + model.norm_parameters + model.router_parameters + model.hidden
+    replicated = model.layers * layer + model.hidden
+    second_table = model.embedding_parameters if tied else 0
+    assert held == model.parameters + replicated + second_table
+
+
+def test_leading_dense_layers_stand_on_the_first_stages(make_job: Any) -> None:
+    model = make_job("deepseek_v3", model_changes={"layers": 8, "first_dense_layers": 3}).model
+    found = [(stage.dense_layers, stage.moe_layers) for stage in stages(model, Layout(pp=4))]
+    assert found == [(2, 0), (1, 1), (0, 2), (0, 2)]
+
+
+@pytest.mark.parametrize(("precision", "weights", "optimizer"), [("bf16", 2, 12), ("fp32", 4, 8)])
+def test_bytes_a_parameter(make_job: Any, precision: str, weights: int, optimizer: int) -> None:
+    job = make_job("llama3_8b", "h100_x8", precision=precision)
+    alone, shared = (estimate_memory(job, Layout(dp=dp), 1) for dp in (1, 8))
+    parameters = job.model.parameters
+    assert (alone.weights, alone.gradients, alone.optimizer) == tuple(parameters * n for n in (weights, 4, optimizer))
+    assert (shared.weights, shared.gradients, shared.optimizer * 8) == (alone.weights, alone.gradients, alone.optimizer)
+
+
+def test_experts_optimizer_state_is_shared_by_their_replicas_alone(make_job: Any) -> None:
+    job = make_job("mixtral_8x7b", "h100_x8", global_batch=64)
+    experts = job.model.layers * job.model.experts * job.model.expert_parameters
+    dense = job.model.parameters - experts
+    for ep, edp in ((1, 8), (4, 2), (8, 1)):
+        memory = estimate_memory(job, Layout(dp=8, ep=ep), 1)
+        assert memory.optimizer == pytest.approx(12 * (dense / 8 + experts / ep / edp))
+        assert memory.weights == 2 * (dense + experts // ep)
+
+
+def test_the_first_stage_holds_pp_micro_batches_at_most(make_job: Any) -> None:
+    """1F1B: min(m, p) in flight, so activations stop growing with the number of micro-batches."""
+    found = [
+        estimate_memory(make_job("llama3_8b", "h100_x8", global_batch=batch), Layout(pp=4), 1).activations
+        for batch in (1, 2, 4, 8)
+    ]
+    assert found[1] == 2 * found[0]
+    assert found[2] == found[3] == 4 * found[0]
+
+
+def test_sequence_parallelism_divides_all_activations(make_job: Any) -> None:
+    job = make_job("llama3_8b", "h100_x8")
+    whole, half = (estimate_memory(job, Layout(tp=tp), 1) for tp in (1, 2))
+    assert half.activations * 2 == whole.activations
+    assert half.logits * 2 == whole.logits
+
+
+def test_parts_sum_to_the_total(make_job: Any) -> None:
+    memory = estimate_memory(make_job("mixtral_8x7b", "h100_x8"), Layout(tp=2, dp=2, pp=2, ep=4), 1)
+    parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits]
+    assert sum(parts) + memory.workspace + memory.overhead == memory.total
