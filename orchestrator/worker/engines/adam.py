@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch._dynamo  # torch imports it with the first optimizer: a second in every rank not forked with it
 from torch.optim.adamw import adamw
 
 
