@@ -1,7 +1,7 @@
 """From a job's name and overrides to a frozen JobSpec. The only file that imports hydra.
 
-`conf/` holds one folder a group; a file of `conf/job` picks one of each group and adjusts it. A user's own YAML file has
-the same form and is given by its path.
+`conf/` holds one folder a group; a file of `conf/job` picks one of each group and adjusts it. A user's own YAML file
+has the same form and is given by its path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from jobs.architecture import Spec
-from jobs.errors import InputError, InputErrors, closest
+from jobs.errors import InputError, CombinedInputError, closest
 from jobs.spec import JobSpec
 
 CONF = Path(__file__).parent / "conf"
@@ -34,7 +34,7 @@ def choices(group: str) -> list[str]:
 
 
 def compose(job: str, overrides: Sequence[str] = ()) -> JobSpec:
-    """The spec of a shipped job (`quickstart`) or of a YAML file, with overrides like `layout.tp=2` or `cluster=h200_x8`.
+    """The spec of a shipped job (`quickstart`) or of a YAML file, with overrides (`layout.tp=2`, `cluster=h200_x8`).
 
     Raises InputError (several at once where several values are wrong).
     """
@@ -45,7 +45,7 @@ def compose(job: str, overrides: Sequence[str] = ()) -> JobSpec:
 
 
 def amend(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
-    """A saved spec with single values changed (`train.steps=200`); whole groups other than `cluster` stay as they are."""
+    """A saved spec with overrides: single values (`train.steps=200`) or a whole group (`cluster=h200_x8`)."""
     tree = spec.model_dump(mode="json")
     pairs = [_split(override) for override in overrides]
     _check_keys(pairs, CONF)
@@ -65,7 +65,7 @@ def validate(tree: dict[str, Any]) -> JobSpec:
     try:
         return JobSpec.model_validate(tree)
     except ValidationError as error:
-        raise InputErrors(_explain(error)) from None
+        raise CombinedInputError(_explain(error)) from None
 
 
 def load(text: str | bytes, source: str) -> JobSpec:
@@ -101,7 +101,10 @@ def _locate(job: str) -> tuple[Path, str]:
         return path.parent.resolve(), path.name
     if job not in job_names():
         raise InputError(
-            "job", job, f"is not one of {', '.join(job_names())}, nor the path of a .yaml file", closest(job, job_names())
+            "job",
+            job,
+            f"is not one of {', '.join(job_names())}, nor the path of a .yaml file",
+            closest(job, job_names()),
         )
     return CONF, f"job/{job}"
 
@@ -122,11 +125,9 @@ def _check_keys(pairs: list[tuple[str, str]], folder: Path) -> None:
         elif key in GROUPS:
             offered = sorted({*choices(key), *(path.stem for path in (folder / key).glob("*.yaml"))})
             if value not in offered:
-                errors.append(
-                    InputError(key, value, f"is not one of {', '.join(offered)}", closest(value, offered))
-                )
+                errors.append(InputError(key, value, f"is not one of {', '.join(offered)}", closest(value, offered)))
     if errors:
-        raise InputErrors(errors)
+        raise CombinedInputError(errors)
 
 
 def _closest_key(key: str, known: list[str]) -> str | None:
@@ -166,7 +167,9 @@ def _explain(error: ValidationError) -> Iterator[InputError]:
             yield InputError(path, None, "is missing")
         else:
             rule = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            yield InputError(path, None if isinstance(value, dict | Spec) else value, rule, _bound(problem.get("ctx", {})))
+            yield InputError(
+                path, None if isinstance(value, dict | Spec) else value, rule, _bound(problem.get("ctx", {}))
+            )
 
 
 def _bound(context: dict[str, Any]) -> object:

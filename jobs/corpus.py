@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from jobs.errors import InputError, InputErrors, closest
+from jobs.errors import InputError, CombinedInputError, closest
 from jobs.spec import DataSpec
 
 STDLIB = "stdlib:"
@@ -129,7 +129,7 @@ def _matches(data: DataSpec) -> list[list[TextFile]]:
         except InputError as error:
             errors.append(error)
     if errors:
-        raise errors[0] if len(errors) == 1 else InputErrors(errors)
+        raise errors[0] if len(errors) == 1 else CombinedInputError(errors)
     return found
 
 

@@ -20,7 +20,7 @@ class InputError(Exception):
         super().__init__(f"{shown}: {rule}{hint}")
 
 
-class InputErrors(InputError):
+class CombinedInputError(InputError):
     """Several of them at once, so that nobody mends a spec one message at a time."""
 
     def __init__(self, errors: Iterable[InputError]) -> None:

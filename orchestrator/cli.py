@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jobs.errors import InputError, InputErrors
+from jobs.errors import InputError, CombinedInputError
 from orchestrator.run_folder import RunFolder, find_run, runs
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 3, 2, 130
+Answer = tuple[Any, int]
+"""The document that --json prints, and the exit code."""
 _EXIT_CODE = {"done": DONE, "failed": FAILED, "cancelled": INTERRUPTED, "interrupted": INTERRUPTED}
 
 
@@ -27,9 +29,10 @@ def run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
         options = _parse(arguments)
-        document, code = options.verb(options)
+        answer: Answer = options.verb(options)
+        document, code = answer
     except InputError as error:
-        errors = error.errors if isinstance(error, InputErrors) else [error]
+        errors = error.errors if isinstance(error, CombinedInputError) else [error]
         print(f"fivefold: {error}", file=sys.stderr)
         document = {"error": str(error), "errors": [_error_record(each) for each in errors]}
         code = BAD_INPUT
@@ -41,9 +44,6 @@ def run(arguments: Sequence[str]) -> int:
     if as_json:
         print(json.dumps(document, indent=2), flush=True)
     return code
-
-
-Answer = tuple[Any, int]
 
 
 def _plan(options: argparse.Namespace) -> Answer:
@@ -299,7 +299,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     verb("cancel", _cancel, "checkpoint a run and end it", "run")
     verb("schema", _schema, "JSON schema of a job spec")
     verb("doctor", _doctor, "whether this environment can train, and what it lacks")
-    checkpoint = verbs.add_parser("checkpoint", help="a run's checkpoints").add_subparsers(metavar="VERB", required=True)
+    checkpoint = verbs.add_parser("checkpoint", help="a run's checkpoints").add_subparsers(
+        metavar="VERB", required=True
+    )
     verb("ls", _checkpoint_ls, "list them", "run", group=checkpoint)
     verb("verify", _checkpoint_verify, "read every byte and compare it with the manifest", "run", group=checkpoint)
     verb("control", _control, "control a submitted run; called by its Ray job", "run")

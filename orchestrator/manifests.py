@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError, closest
+from jobs.spec import LayoutSpec
 from orchestrator.run_folder import RunFolder
 
 FORMAT = 1
@@ -33,7 +34,7 @@ class CheckpointManifest(BaseModel):
     attempt: int
     step: int
     engine: str
-    layout: dict[str, int | bool]
+    layout: LayoutSpec
     model: ModelArchitecture
     data_cursor: int
     """Samples consumed; with the seed it decides every sample still to come."""

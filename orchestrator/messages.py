@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from jobs.spec import JobSpec
 
+PACKET_BYTES = 1 << 20
+"""Room for one message between the processes of a node."""
+
 
 class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

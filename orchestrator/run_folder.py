@@ -1,7 +1,7 @@
 """A run is a folder: job.json, plan.json, events.jsonl, metrics.jsonl, ledger.json, status.json, logs/, checkpoints/.
 
-On a local disk or at any fsspec URL, readable with nothing but a text editor. It is the truth about a run: what is not in
-it is not remembered.
+On a local disk or at any fsspec URL, readable with nothing but a text editor. It is the truth about a run: what is not
+in it is not remembered.
 """
 
 from __future__ import annotations

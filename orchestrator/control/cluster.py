@@ -1,4 +1,4 @@
-"""The machines of one run as the controller sees them: a gang of node agents on Ray. The only place that talks to Ray."""
+"""The machines of one run as the controller sees them: node agents on Ray. The only place that talks to Ray."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Cluster:
         self.nodes: list[str] = []
 
     def connect(self) -> None:
-        """Start Ray on this machine alone, on the loopback interface, or join the cluster that this process is a job of.
+        """Start Ray on this machine, on its loopback interface, or join the cluster that this process is a job of.
 
         Ray sets signal handlers of its own; those that stand are put back.
         """
@@ -174,7 +174,10 @@ def check_embedded(spec: ClusterSpec) -> None:
     """Refuse, before anything is started, what this one machine cannot run."""
     if spec.nodes > 1:
         raise InputError(
-            "cluster.nodes", spec.nodes, "`run` trains on this one machine; `submit` goes to a Ray cluster of several", 1
+            "cluster.nodes",
+            spec.nodes,
+            "`run` trains on this one machine; `submit` goes to a Ray cluster of several",
+            1,
         )
     if spec.device == "cuda" and spec.devices_per_node > (here := local_gpus()):
         rule = f"cluster {spec.name} needs {spec.devices_per_node} GPUs, this machine has {here}"
@@ -185,7 +188,9 @@ def local_gpus() -> int:
     """GPUs that a process started here may use, without importing torch or opening a device."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    return len(found) if visible is None else min(len(found), len([part for part in visible.split(",") if part.strip()]))
+    return (
+        len(found) if visible is None else min(len(found), len([part for part in visible.split(",") if part.strip()]))
+    )
 
 
 def check_cluster(address: str | None, spec: ClusterSpec) -> Any:
@@ -203,7 +208,8 @@ def check_cluster(address: str | None, spec: ClusterSpec) -> Any:
     fitting = sum(1 for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= _gpus(spec))
     if fitting < spec.nodes:
         need = f"{_gpus(spec)} GPUs each" if _gpus(spec) else "a CPU each"
-        rule = f"cluster {spec.name} needs {spec.nodes} nodes with {need}; of the {len(nodes)} at {address} {fitting} have that"
+        have = f"of the {len(nodes)} at {address} {fitting} have that"
+        rule = f"cluster {spec.name} needs {spec.nodes} nodes with {need}; {have}"
         raise InputError("cluster.nodes", spec.nodes, rule, fitting or None)
     return client
 
@@ -228,7 +234,9 @@ def _check_answers(address: str) -> None:
         if not parsed.hostname:
             raise ValueError("no host name in it")
     except ValueError as error:
-        raise InputError("RAY_ADDRESS", address, f"is not host:port or http://host:port: {error}", "127.0.0.1:6379") from None
+        raise InputError(
+            "RAY_ADDRESS", address, f"is not host:port or http://host:port: {error}", "127.0.0.1:6379"
+        ) from None
     try:
         socket.create_connection((parsed.hostname, port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:

@@ -10,7 +10,7 @@ from jobs.spec import JobSpec
 from orchestrator import manifests
 from orchestrator.control.policies import Failure, after_failure
 from orchestrator.control.record import RunRecord
-from orchestrator.messages import Decision, Event, RankLaunch, Report, Restart, StepReport, Stop
+from orchestrator.messages import Decision, Event, RankLaunch, Report, StepReport, Stop
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
 

@@ -46,7 +46,7 @@ def show(findings: list[Finding]) -> None:
 
 
 def stray_packages() -> list[str]:
-    """Fivefold's top-level packages that resolve elsewhere: PyPI has others of these names that could overwrite them."""
+    """Fivefold's top-level packages that resolve elsewhere: PyPI has others of these names, which overwrite them."""
     home = Path(__file__).resolve().parents[2]
     strays = []
     for name in _OURS:
@@ -59,7 +59,9 @@ def stray_packages() -> list[str]:
 
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", (3, 11) <= sys.version_info[:2] <= (3, 12), version, "Fivefold runs on Python 3.11 and 3.12")
+    return Finding(
+        "python", (3, 11) <= sys.version_info[:2] <= (3, 12), version, "Fivefold runs on Python 3.11 and 3.12"
+    )
 
 
 def _packages_together() -> Finding:
@@ -104,4 +106,6 @@ def _disk(run_root: str) -> Finding:
     free = shutil.disk_usage(existing).free
     writable = os.access(existing, os.W_OK)
     text = f"{local}, {free / 1e9:.0f} GB free" + ("" if writable else ", not writable")
-    return Finding("run root", writable and free > _LOW_DISK_BYTES, text, "free some room, or name another with --run-root")
+    return Finding(
+        "run root", writable and free > _LOW_DISK_BYTES, text, "free some room, or name another with --run-root"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from jobs.errors import InputError
 from orchestrator.control.display import Display
@@ -42,14 +43,14 @@ def _print_story(run: RunFolder, follow: bool) -> None:
     told: dict[str, int] = {"events.jsonl": 0, "metrics.jsonl": 0}
     while True:
         live = status_of(run).get("state") in LIVE
-        fresh: list[tuple[float, Event | dict[str, object]]] = []
+        fresh: list[tuple[float, Event | dict[str, Any]]] = []
         for name in told:
             records = list(run.read_lines(name))
             for record in records[told[name] :]:
                 fresh.append((record["at"], Event.model_validate(record) if name == "events.jsonl" else record))
             told[name] = len(records)
-        for _, record in sorted(fresh, key=lambda pair: pair[0]):
-            display(record)
+        for _, told_now in sorted(fresh, key=lambda pair: pair[0]):
+            display(told_now)
         if not (follow and live):
             return
         time.sleep(_LOOK_SECONDS)

@@ -31,7 +31,11 @@ class RunRecord:
     def __init__(self, run: RunFolder, *, world: int, where: Literal["here", "cluster"], layout: str) -> None:
         self.run = run
         self._listeners: list[Listener] = []
-        self._status: dict[str, Any] = run.read_json("status.json") or {"created_at": time.time(), "attempt": 0, "step": 0}
+        self._status: dict[str, Any] = run.read_json("status.json") or {
+            "created_at": time.time(),
+            "attempt": 0,
+            "step": 0,
+        }
         self._status |= {
             "run_id": run.run_id,
             "state": "queued",
@@ -70,7 +74,8 @@ class RunRecord:
         self._waiting.clear()
         self._status["attempt"] = self.attempt + 1
         self._ranks = {
-            rank: {"rank": rank, "pid": None, "node": node, "state": "starting", "step": 0} for rank, node in nodes.items()
+            rank: {"rank": rank, "pid": None, "node": node, "state": "starting", "step": 0}
+            for rank, node in nodes.items()
         }
         self.set_state("starting")
 

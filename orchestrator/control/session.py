@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from jobs import compose, corpus
-from jobs.errors import InputError, InputErrors
+from jobs.errors import InputError, CombinedInputError
 from jobs.spec import JobSpec, LayoutSpec
 from orchestrator import manifests
 from orchestrator.control import cluster
@@ -82,12 +82,14 @@ def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
     saved = compose.load(run.read("job.json"), run.path("job.json"))
     keys = [override.partition("=")[0] for override in overrides]
     refused = [
-        InputError(override.partition("=")[0], override.partition("=")[2], "is decided when a run starts; start another run")
+        InputError(
+            override.partition("=")[0], override.partition("=")[2], "is decided when a run starts; start another run"
+        )
         for override, key in zip(overrides, keys, strict=True)
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START)
     ]
     if refused:
-        raise InputErrors(refused)
+        raise CombinedInputError(refused)
     replanned = any(key.startswith(("layout", "cluster")) for key in keys)
     if replanned:
         saved = saved.model_copy(update={"layout": LayoutSpec()})
@@ -180,7 +182,9 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
         "step": lines[-1]["step"] if lines else 0,
         "loss_first": lines[0]["loss"] if lines else None,
         "loss_last": lines[-1]["loss"] if lines else None,
-        "validation_loss": next((line["validation_loss"] for line in reversed(lines) if "validation_loss" in line), None),
+        "validation_loss": next(
+            (line["validation_loss"] for line in reversed(lines) if "validation_loss" in line), None
+        ),
         "unigram_entropy": entropy,
         "ledger": (run.read_json("ledger.json") or {}).get("totals", {}),
         "loss_plot": f"{run.place}/loss.png" if plotted else None,

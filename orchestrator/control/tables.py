@@ -50,7 +50,14 @@ def runs(statuses: list[dict[str, Any]], root: str) -> None:
         [status["run_id"], status["state"], str(status["attempt"]), str(status["step"]), status["layout"], _ago(status)]
         for status in statuses
     ]
-    headings = [("run", False), ("state", False), ("attempt", True), ("step", True), ("layout", False), ("updated", True)]
+    headings = [
+        ("run", False),
+        ("state", False),
+        ("attempt", True),
+        ("step", True),
+        ("layout", False),
+        ("updated", True),
+    ]
     print_table(None, headings, rows)
 
 
@@ -76,9 +83,8 @@ def checkpoints(run: RunFolder, found: list[CheckpointManifest]) -> None:
         return
     rows = []
     for manifest in found:
-        degrees = {axis: degree for axis, degree in manifest.layout.items() if axis not in ("edp", "sp")}
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.written_at))
-        label = Layout(**degrees).label
+        label = Layout.of(manifest.layout).label
         rows.append([str(manifest.step), label, bytes_text(manifest.size_bytes), str(len(manifest.files)), when])
     print_table(None, [("step", True), ("layout", False), ("size", True), ("files", True), ("written", False)], rows)
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.spec import JobSpec
-from orchestrator.messages import Event, RankLaunch, Report, parse_report
-from orchestrator.node.zygote import MESSAGE_BYTES
+from orchestrator.messages import PACKET_BYTES, Event, RankLaunch, Report, parse_report
 from orchestrator.run_folder import RunFolder
 
 _KILL_SECONDS = 30.0
@@ -40,7 +39,7 @@ class NodeAgent:
         self._log_folder = self._run.local or Path(tempfile.mkdtemp(prefix="fivefold-logs-"))
 
     def prepare(self) -> float:
-        """Wait for earlier ranks of this run to be gone from this machine, then warm a zygote. Returns seconds taken."""
+        """Wait until earlier ranks of this run are gone from this machine, then warm a zygote. Returns seconds."""
         began = time.monotonic()
         lock = self._lock_machine(self._job.policy.grace_seconds + _KILL_SECONDS)
         ours, zygotes = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -63,7 +62,7 @@ class NodeAgent:
             end.close()
         os.close(lock)
         self._zygote = ours
-        ready = self._zygote.recv(MESSAGE_BYTES)
+        ready = self._zygote.recv(PACKET_BYTES)
         if not ready:
             raise RuntimeError(f"the zygote on {self._node} died while it imported the engine; see Ray's worker log")
         for read, source in ((self._read_zygote, ours), (self._read_ranks, reading)):
@@ -137,7 +136,7 @@ class NodeAgent:
         self._zygote.send(json.dumps({"kind": "signal", "signal": int(number)}).encode())
 
     def _read_zygote(self, source: socket.socket) -> None:
-        while packet := source.recv(MESSAGE_BYTES):
+        while packet := source.recv(PACKET_BYTES):
             message = json.loads(packet)
             rank, pid = message["rank"], message["pid"]
             with self._changed:
@@ -151,7 +150,7 @@ class NodeAgent:
         self._reports.put(Event(kind="zygote_lost", message=f"the zygote on {self._node} died", node=self._node))
 
     def _read_ranks(self, source: socket.socket) -> None:
-        while packet := source.recv(MESSAGE_BYTES):
+        while packet := source.recv(PACKET_BYTES):
             report = parse_report(packet)
             if isinstance(report, Event):
                 report = report.model_copy(update={"node": self._node})
@@ -194,7 +193,9 @@ def _wait_until_free(lock: Path, deadline: float) -> None:
                 return
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"ranks of an earlier session of this run are still alive and hold {lock}") from None
+                    raise RuntimeError(
+                        f"ranks of an earlier session of this run are still alive and hold {lock}"
+                    ) from None
                 time.sleep(0.02)
 
 

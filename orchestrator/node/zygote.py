@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.messages import RankLaunch
+from orchestrator.messages import PACKET_BYTES, RankLaunch
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
-MESSAGE_BYTES = 1 << 20
 
 
 def main() -> None:
@@ -62,7 +61,7 @@ class Zygote:
                     self._reap(int(key.fd))
 
     def _obey(self) -> bool:
-        packet, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE_BYTES, 1)
+        packet, descriptors, _, _ = socket.recv_fds(self._control, PACKET_BYTES, 1)
         if not packet:
             return False
         message = json.loads(packet)

@@ -77,7 +77,9 @@ class Checkpoints:
                 return step
         if self._launch.checkpoint_steps:
             raise InputError(
-                "checkpoint", ", ".join(map(str, self._launch.checkpoint_steps)), "none of them is whole; see the events"
+                "checkpoint",
+                ", ".join(map(str, self._launch.checkpoint_steps)),
+                "none of them is whole; see the events",
             )
         return 0
 
@@ -134,7 +136,7 @@ class Checkpoints:
             attempt=launch.attempt,
             step=step,
             engine=job.engine,
-            layout=self._layout.as_dict(),
+            layout=job.layout,
             model=job.model,
             data_cursor=step * job.train.global_batch,
             random_state={"seed": job.train.seed, "step": step},

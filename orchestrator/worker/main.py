@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import signal
@@ -181,4 +182,4 @@ class _Rank:
 
 
 def _intervals(clock: list[float]) -> list[float]:
-    return [after - before for before, after in zip(clock, clock[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(clock)]

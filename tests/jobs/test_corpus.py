@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from jobs import corpus
-from jobs.errors import InputError, InputErrors
+from jobs.errors import InputError, CombinedInputError
 from jobs.spec import DataSpec
 
 STDLIB = Path(corpus.__file__).parent / "conf" / "data" / "stdlib.yaml"
@@ -104,7 +104,7 @@ def test_a_folder_is_not_text(tmp_path: Path) -> None:
 def test_every_bad_pattern_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("text")
     error = refusal(spec(tmp_path / "a.txt", tmp_path / "good.txt", tmp_path / "b.txt"))
-    assert isinstance(error, InputErrors)
+    assert isinstance(error, CombinedInputError)
     assert [each.value for each in error.errors] == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
 
 
