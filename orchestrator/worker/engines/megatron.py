@@ -15,7 +15,7 @@ import torch.distributed as dist
 from jobs.spec import JobSpec
 from models.megatron_specs import build_model, transformer_config
 from orchestrator.worker.engines.cuda_stand_in import install, repair_megatron
-from orchestrator.worker.engines.megatron_checkpoint import load_sharded, save_sharded
+from orchestrator.worker.engines.megatron_checkpoint import count_padding, load_sharded, save_sharded
 from orchestrator.worker.engines.protocol import Batch, StepResult
 from parallel.layout import Layout
 
@@ -79,6 +79,7 @@ class MegatronEngine:
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
             module,
         )
+        count_padding(self._chunk)
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
