@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def build(job: JobSpec, layout: Layout, device: torch.device) -> MegatronEngine:
@@ -143,7 +145,7 @@ class MegatronEngine:
         # this becomes the mean over the global batch. Its own per-token mode would shrink the z-loss by 1/tp.
         scale = len(batches) * self._layout.dp / counted
 
-        def forward_step(source, model):
+        def forward_step(source: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
             batch = next(source)
             mask = self._put(batch.loss_mask)
             output = model(self._put(batch.tokens), None, None, labels=self._put(batch.labels))
@@ -168,7 +170,7 @@ class MegatronEngine:
         return loss / counted
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return torch.tensor(array, device=self._device)
 
     def _reseed(self, step: int) -> None:
         seed = int(np.random.SeedSequence((self._train.seed, step)).generate_state(1)[0])
