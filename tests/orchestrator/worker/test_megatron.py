@@ -79,7 +79,7 @@ class Run:
     job: JobSpec
     layout: Layout
     steps: range
-    micro_batch: int = 1
+    micro_batch: int = 2
     load: Path | None = None
     save_at: dict[int, Path] | None = None
 
@@ -196,8 +196,8 @@ def test_a_checkpoint_resumes_at_another_layout(
 def test_a_checkpoint_resumes_bit_equal_at_the_same_layout(ranks: Ranks, tmp_path: Path) -> None:
     for precision, layout in (("fp32", Layout(tp=2, dp=2, ep=2)), ("bf16", Layout(dp=2))):
         spec, saved = job("mixtral", precision), folder(tmp_path, precision)
-        undisturbed = start(ranks, Run(spec, layout, range(1, STEPS + 1), 2, save_at={HALF: saved}))
-        resumed = start(ranks, Run(spec, layout, range(HALF + 1, STEPS + 1), 2, load=saved))
+        undisturbed = start(ranks, Run(spec, layout, range(1, STEPS + 1), save_at={HALF: saved}))
+        resumed = start(ranks, Run(spec, layout, range(HALF + 1, STEPS + 1), load=saved))
         assert resumed["curve"] == undisturbed["curve"][HALF:]
         assert resumed["validation"] == undisturbed["validation"]
 
