@@ -252,7 +252,8 @@ def build_model(
     ).to(device)
     for name, parameter in model.named_parameters():
         # Megatron clears `allreduce` only if ep > 1. Where experts are replicated over more ranks than dense weights
-        # (etp * ep < tp) their gradients would be summed over too few; this sends them to the expert's own group.
+        # (etp * ep < tp) their gradients would be summed over too few; this sends them to the expert's own group, and
+        # gives every layout the same two optimizers, without which a checkpoint cannot change ep.
         if ".experts." in name:
             parameter.allreduce = False
     initialize(model, job.model, job.train.seed)
