@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from jobs.spec import JobSpec
 from models.megatron_specs import build_model, transformer_config
 from orchestrator.worker.engines.cuda_stand_in import install, repair_megatron
-from orchestrator.worker.engines.megatron_checkpoint import load_sharded, save_sharded
+from orchestrator.worker.engines.megatron_checkpoint import count_padding, load_sharded, save_sharded
 from orchestrator.worker.engines.protocol import Batch, StepResult
 from parallel.layout import Layout
 
@@ -28,6 +28,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def build(job: JobSpec, layout: Layout, device: torch.device) -> MegatronEngine:
@@ -79,6 +81,7 @@ class MegatronEngine:
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
             module,
         )
+        count_padding(self._chunk)
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -142,7 +145,7 @@ class MegatronEngine:
         # this becomes the mean over the global batch. Its own per-token mode would shrink the z-loss by 1/tp.
         scale = len(batches) * self._layout.dp / counted
 
-        def forward_step(source, model):
+        def forward_step(source: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
             batch = next(source)
             mask = self._put(batch.loss_mask)
             output = model(self._put(batch.tokens), None, None, labels=self._put(batch.labels))
@@ -167,7 +170,7 @@ class MegatronEngine:
         return loss / counted
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return torch.tensor(array, device=self._device)
 
     def _reseed(self, step: int) -> None:
         seed = int(np.random.SeedSequence((self._train.seed, step)).generate_state(1)[0])
