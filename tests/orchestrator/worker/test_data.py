@@ -267,6 +267,15 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         open_data(spec(tmp_path, cache=f"{tmp_path}/text/a.txt/cache"), train(), 257)
 
 
+def test_without_a_folder_of_its_own_the_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"a.txt": "x" * 100})
+    for variable, value, below in (("XDG_CACHE_HOME", "xdg", "xdg"), ("HOME", "home", "home/.cache")):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv(variable, str(tmp_path / value))
+        open_data(spec(tmp_path, cache=None), train(), 257)
+        assert len(list((tmp_path / below / "fivefold" / "tokens").glob("*/tokens.bin"))) == 1
+
+
 def die_at(event: str, name: str) -> None:
     """Kill this process, as the kernel would, at its first use of a path that ends in `name`."""
 

@@ -1,0 +1,62 @@
+"""The picture of a run: its loss over steps, against what counting tokens alone would score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+_TRAINING, _VALIDATION, _QUIET = "#1f5a94", "#d1622b", "#6b7280"
+
+
+def plot_loss(
+    metrics: Sequence[dict[str, Any]],
+    path: Path | IO[bytes],
+    unigram_entropy: float | None,
+    restarts: Sequence[int],
+) -> None:
+    """Write a PNG of training and validation loss (nats a token) over steps.
+
+    metrics: the lines of `metrics.jsonl` in the order they were written, at least `step` and `loss` each; of a step
+    that was trained twice the later line counts. restarts: the steps at which attempts ended. Needs matplotlib.
+    """
+    from matplotlib.figure import Figure  # not pyplot: a controller has no display, and wants no global state
+    from matplotlib.ticker import MaxNLocator
+
+    latest = {line["step"]: line for line in metrics}
+    lines = [latest[step] for step in sorted(latest)]
+    validated = [line for line in lines if line.get("validation_loss") is not None]
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    if lines:
+        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        # A handful of steps is drawn as points too: a line through one is nothing.
+        dots = "o" if len(lines) < 30 else None
+        last = f"training, last {losses[-1]:.3f}"
+        axes.plot(steps, losses, color=_TRAINING, linewidth=1.4, marker=dots, markersize=3, label=last)
+    if validated:
+        axes.plot(
+            [line["step"] for line in validated],
+            [line["validation_loss"] for line in validated],
+            color=_VALIDATION,
+            linestyle="none",
+            marker="D",
+            markersize=5,
+            label=f"validation, last {validated[-1]['validation_loss']:.3f}",
+            zorder=3,
+        )
+    if unigram_entropy is not None:
+        axes.axhline(unigram_entropy, color=_QUIET, linewidth=1.2, label=f"unigram entropy {unigram_entropy:.3f}")
+    for number, step in enumerate(sorted(set(restarts))):
+        label = None if number else "restart"
+        axes.axvline(step, color=_QUIET, linewidth=1, linestyle=(0, (2, 2)), label=label, zorder=1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.savefig(path, format="png")
