@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from jobs.architecture import Spec
-from jobs.errors import InputError, CombinedInputError, closest
+from jobs.errors import CombinedInputError, InputError, closest
 from jobs.spec import JobSpec
 
 CONF = Path(__file__).parent / "conf"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from jobs.errors import InputError, CombinedInputError, closest
+from jobs.errors import CombinedInputError, InputError, closest
 from jobs.spec import DataSpec
 
 STDLIB = "stdlib:"

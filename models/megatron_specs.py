@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from jobs.architecture import ModelArchitecture
-from jobs.errors import InputError
 from jobs.spec import JobSpec
 from parallel.layout import Layout
 
@@ -101,12 +100,8 @@ class CausalAttention(torch.nn.Module):
 
 
 def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
-    """Megatron's configuration of `job.model` at `layout`: SwiGLU, RMSNorm, no dropout, no fused kernels.
-
-    Raises InputError for a model that Megatron would refuse, or silently train as another.
-    """
+    """Megatron's configuration of `job.model` at `layout`: SwiGLU, RMSNorm, no dropout, no fused kernels."""
     model, train = job.model, job.train
-    _check(model)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     return TransformerConfig(
         num_layers=model.layers,
@@ -146,21 +141,6 @@ def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
         cuda_graph_scope=[],
         **(_moe_options(model) if model.is_moe else {}),
     )
-
-
-def _check(model: ModelArchitecture) -> None:
-    if model.kv_lora_rank:
-        raise InputError("model.kv_lora_rank", model.kv_lora_rank, "multi-latent attention cannot be trained yet", 0)
-    if not model.is_moe:
-        return
-    if model.router_bias and model.router_score == "softmax":
-        raise InputError("model.router_bias", True, "an expert bias needs router_score=sigmoid", False)
-    if model.router_score == "softmax" and model.router_normalize_top_k and model.top_k == 1:
-        rule = "the one chosen expert of top_k=1 would always weigh 1, and the router never learn"
-        raise InputError("model.router_normalize_top_k", True, rule, False)
-    if model.router_score == "sigmoid" and not model.router_normalize_top_k and model.top_k > 1:
-        rule = f"the sigmoid scores of top_k={model.top_k} experts are always normalised"
-        raise InputError("model.router_normalize_top_k", False, rule, True)
 
 
 def _moe_options(model: ModelArchitecture) -> dict[str, Any]:

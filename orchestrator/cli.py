@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jobs.errors import InputError, CombinedInputError
+from jobs.errors import CombinedInputError, InputError
 from orchestrator.run_folder import RunFolder, find_run, runs
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 3, 2, 130
@@ -75,6 +75,7 @@ def _run(options: argparse.Namespace) -> Answer:
     _need_engines()
     cluster.check_embedded(job.cluster)
     corpus.check(job.data)
+    corpus.check_vocabulary(job.data, job.model.vocab)
     return _train(session.create(job, planning, options.run_root, "here"), job, options)
 
 

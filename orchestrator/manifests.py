@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError, closest
 from jobs.spec import LayoutSpec
+from orchestrator.messages import StepReport
 from orchestrator.run_folder import RunFolder
 
 FORMAT = 1
@@ -41,6 +42,8 @@ class CheckpointManifest(BaseModel):
     random_state: dict[str, int]
     """{seed, step}: every generator is seeded anew from both at each step, so this is all of its state."""
     written_at: float
+    reports: tuple[StepReport, ...]
+    """Rank 0's, of the steps since the checkpoint before: with no controller to hear them, they are told here."""
     files: tuple[FileEntry, ...]
 
     @property

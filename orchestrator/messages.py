@@ -47,6 +47,7 @@ class StepReport(Message):
     phase_seconds: dict[str, float] = Field(default_factory=dict, description="data, compute, checkpoint, evaluate")
     memory_bytes: int = Field(description="peak: device memory on CUDA, resident set on CPU")
     validation_loss: float | None = None
+    at: float = Field(default_factory=time.time, description="Unix seconds at its end")
 
 
 class Event(Message):

@@ -43,6 +43,9 @@ def check_job(job: JobSpec) -> None:
     if model.is_moe and model.router_score != "softmax":
         rule = "the megatron engine does not score experts by sigmoid yet"
         raise InputError("model.router_score", model.router_score, rule, "softmax")
+    if model.is_moe and model.router_normalize_top_k and model.top_k == 1:
+        rule = "the one chosen expert of top_k=1 would always weigh 1, and the router never learn"
+        raise InputError("model.router_normalize_top_k", True, rule, False)
 
 
 def _divides(axis: str, name: str, size: Callable[[JobSpec], int]) -> Reason:
@@ -73,19 +76,6 @@ def _no_experts(axis: str) -> Reason:
     return reason
 
 
-def _replicated_experts(layout: Layout, job: JobSpec) -> str | None:
-    """Megatron-Core 0.16.1 reduces expert gradients over EDP only where EP > 1.
-
-    `ColumnParallelLinear`, `RowParallelLinear` and `GroupedMLP` set `weight.allreduce = not (is_expert and ep > 1)`;
-    `DistributedDataParallel` and the optimizer put what has `allreduce` into the dense buffers, reduced over DP x CP:
-    the ranks of one tp coordinate. With ep = 1 the replicas of an expert shard are the ranks of one etp coordinate.
-    These are the same ranks where etp = tp, and only there; elsewhere gradients would be silently wrong.
-    """
-    if not job.model.is_moe or layout.ep > 1 or layout.etp == layout.tp:
-        return None
-    return f"ep=1 with etp={layout.etp} and tp={layout.tp}: without expert parallelism experts need etp = tp"
-
-
 ATTENTION_RULES = (
     Rule("context parallelism", "cp", _no_context_parallelism),
     Rule("layers", "pp", _divides("pp", "layers", lambda job: job.model.layers)),
@@ -108,7 +98,6 @@ EXPERT_RULES = (
     Rule("dense model", "etp", _no_experts("etp")),
     Rule("experts", "ep", _divides("ep", "experts", lambda job: job.model.experts)),
     Rule("expert_ffn", "etp", _divides("etp", "expert_ffn", lambda job: job.model.expert_ffn)),
-    Rule("replicated experts", "etp", _replicated_experts),
 )
 
 

@@ -78,7 +78,6 @@ class Cluster:
 
         spec = self._job.cluster
         session = secrets.token_hex(4)
-        self.nodes = [f"node-{index}" for index in range(spec.nodes)]
         actor = ray.remote(NodeAgent)
         self._agents = [
             actor.options(
@@ -86,18 +85,20 @@ class Cluster:
                 num_gpus=_gpus(spec),
                 max_concurrency=4,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
-            ).remote(self._run.place, node, session, self._job.model_dump(mode="json"))
-            for index, node in enumerate(self.nodes)
+            ).remote(self._run.place, index, session, self._job.model_dump(mode="json"))
+            for index in range(spec.nodes)
         ]
 
         self._preparing = [agent.prepare.remote() for agent in self._agents]
 
     def prepare(self, wait_seconds: float) -> bool:
-        """Whether every agent is ready to launch ranks."""
+        """Whether every agent is ready to launch ranks; `nodes` then holds their names."""
         import ray
 
         done, waiting = ray.wait(self._preparing, num_returns=len(self._preparing), timeout=wait_seconds)
-        ray.get(done)
+        names = ray.get(done)
+        if not waiting:
+            self.nodes = [str(name) for name in names]
         return not waiting
 
     def open_store(self) -> tuple[str, int]:
@@ -198,12 +199,14 @@ def check_cluster(address: str | None, spec: ClusterSpec) -> Any:
     if not address:
         raise InputError("RAY_ADDRESS", "", "is not set; `submit` needs a Ray cluster's address", "127.0.0.1:6379")
     _check_answers(address)
+    _use_token()
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
         client = JobSubmissionClient(address)
         nodes = _cluster_nodes(client)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise InputError("RAY_ADDRESS", address, f"does not accept jobs: {str(error).splitlines()[0]}") from None
     fitting = sum(1 for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= _gpus(spec))
     if fitting < spec.nodes:
@@ -212,6 +215,13 @@ def check_cluster(address: str | None, spec: ClusterSpec) -> Any:
         rule = f"cluster {spec.name} needs {spec.nodes} nodes with {need}; {have}"
         raise InputError("cluster.nodes", spec.nodes, rule, fitting or None)
     return client
+
+
+def _use_token() -> None:
+    """Authenticate by the token of this machine, if it has one, as `ray` on the command line does."""
+    kept = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if "RAY_AUTH_TOKEN" in os.environ or kept.exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _gpus(spec: ClusterSpec) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from jobs.spec import JobSpec
@@ -20,9 +19,6 @@ _CANCEL_LOCAL_SECONDS = 0.25
 _CANCEL_REMOTE_SECONDS = 5.0
 CANCEL_REQUEST = "requests/cancel"
 LEFT_ON_REQUEST = 75
-
-Throughput = Callable[[float], dict[str, float]]
-"""From tokens a second to what metrics.jsonl says of it: tokens_per_second, and mfu where the peak is known."""
 
 
 class Machines(Protocol):
@@ -46,14 +42,13 @@ class Machines(Protocol):
 class Controller:
     """Runs a job to its end, through as many attempts as its policy allows."""
 
-    def __init__(self, job: JobSpec, record: RunRecord, machines: Machines, throughput: Throughput) -> None:
-        self._job, self._record, self._machines, self._throughput = job, record, machines, throughput
+    def __init__(self, job: JobSpec, record: RunRecord, machines: Machines) -> None:
+        self._job, self._record, self._machines = job, record, machines
         self._layout = Layout.of(job.layout)
         self._failures: list[Failure] = []
         self._stop_wanted: Literal["cancelled", "interrupted"] | None = None
         self._kill_wanted = False
         self._looked_for_cancel = 0.0
-        self._checkpoint_seconds = 0.0
 
     def interrupt(self) -> None:
         """Checkpoint and leave; asked twice: leave at once. Safe to call from a signal handler."""
@@ -75,6 +70,8 @@ class Controller:
     def _run(self) -> Stop:
         self._machines.connect()
         outcome = self._acquire()
+        for step in reversed(manifests.steps(self._record.run)):
+            self._record.catch_up(manifests.read(self._record.run, step).reports)
         while outcome is None:
             decision = self._attempt()
             if isinstance(decision, Stop):
@@ -174,17 +171,15 @@ class Controller:
         if report.attempt not in (0, record.attempt):
             return None  # a rank of an attempt that is over
         if isinstance(report, StepReport):
-            line = record.report(report, self._throughput)
+            line = record.report(report)
             if line:
-                stall = self._checkpoint_seconds + line["phase_seconds"].get("data", 0.0)
-                record.ledger.step(line["step"], line["at"], stall)
-                self._checkpoint_seconds = 0.0
+                record.ledger.step(line["step"], line["at"], line["phase_seconds"]["data"])
             return None
         record.event(report)
         if report.kind == "training_started":
             record.ledger.switch("productive", report.at)
         if report.kind == "checkpoint_written":
-            self._checkpoint_seconds += report.data["seconds"]
+            record.ledger.stall(report.at, report.data["seconds"])
         if report.kind == "rank_exited":
             assert report.rank is not None
             exited[report.rank] = report.data["code"]

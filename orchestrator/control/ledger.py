@@ -34,12 +34,16 @@ class Ledger:
 
     def step(self, step: int, at: float, stall_seconds: float) -> None:
         """`step` was completed at `at`: the time since the last mark is its stall, and productive or rework."""
-        stalled = min(max(stall_seconds, 0.0), self._elapsed(at))
-        self._seconds["stall"] += stalled
-        again = step <= self._highest_step
-        self._book("rework" if again else "productive", at, already=stalled)
+        self._heading = "rework" if step <= self._highest_step else "productive"
+        self.stall(at, stall_seconds)
         self._highest_step = max(step, self._highest_step)
         self._heading = "productive"
+
+    def stall(self, at: float, seconds: float) -> None:
+        """Up to `at` training waited `seconds`, for a checkpoint; the time before them is the present heading's."""
+        stalled = min(max(seconds, 0.0), self._elapsed(at))
+        self._seconds["stall"] += stalled
+        self._book(self._heading, at, already=stalled)
 
     def pause(self, at: float) -> None:
         """The run was ended on purpose (done, cancelled, interrupted, failed): time stops until it is resumed."""

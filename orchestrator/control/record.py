@@ -6,12 +6,13 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from orchestrator.control.ledger import Ledger
 from orchestrator.messages import Event, StepReport
 from orchestrator.run_folder import RunFolder
+from parallel.layout import Layout
 
 State = Literal["queued", "starting", "running", "stopping", "done", "failed", "cancelled", "interrupted"]
 LIVE: tuple[State, ...] = ("queued", "starting", "running", "stopping")
@@ -21,6 +22,8 @@ UNBORN_SECONDS = 120.0
 _LOCAL_CONFIRM_SECONDS = 0.5
 _REMOTE_CONFIRM_SECONDS = 5.0
 
+Throughput = Callable[[float], dict[str, float]]
+"""From tokens a second to what metrics.jsonl says of it: tokens_per_second, and mfu where the peak is known."""
 Listener = Callable[[Event | dict[str, Any]], None]
 """Called with each event and with each line of metrics.jsonl."""
 
@@ -28,8 +31,10 @@ Listener = Callable[[Event | dict[str, Any]], None]
 class RunRecord:
     """The controller's pen. One at a time writes a run: its status.json says who, and when it last did."""
 
-    def __init__(self, run: RunFolder, *, world: int, where: Literal["here", "cluster"], layout: str) -> None:
-        self.run = run
+    def __init__(
+        self, run: RunFolder, layout: Layout, where: Literal["here", "cluster"], throughput: Throughput
+    ) -> None:
+        self.run, self._throughput = run, throughput
         self._listeners: list[Listener] = []
         self._status: dict[str, Any] = run.read_json("status.json") or {
             "created_at": time.time(),
@@ -41,8 +46,8 @@ class RunRecord:
             "state": "queued",
             "reason": None,
             "where": where,
-            "layout": layout,
-            "world": world,
+            "layout": layout.label,
+            "world": layout.world,
             "controller": {"host": socket.gethostname(), "pid": os.getpid()},
             "ranks": [],
         }
@@ -95,7 +100,7 @@ class RunRecord:
             listener(event)
         self.confirm(now=event.kind in ("rank_started", "rank_exited"))
 
-    def report(self, report: StepReport, throughput: Callable[[float], dict[str, float]]) -> dict[str, Any] | None:
+    def report(self, report: StepReport) -> dict[str, Any] | None:
         """Take one rank's report. The line of metrics.jsonl, once all ranks have reported the step."""
         rank = self._ranks[report.rank]
         rank |= {"state": "running", "step": report.step}
@@ -104,29 +109,40 @@ class RunRecord:
         if len(waiting) < len(self._ranks):
             return None
         del self._waiting[report.step]
-        slowest = max(waiting.values(), key=lambda each: each.step_seconds)
-        first = waiting[0]
-        line: dict[str, Any] = {
-            "step": report.step,
-            "attempt": report.attempt,
-            "loss": first.loss,
-            "grad_norm": first.grad_norm,
-            "tokens": first.tokens,
-            "step_seconds": slowest.step_seconds,
-            **throughput(first.tokens / slowest.step_seconds),
-            "learning_rate": first.learning_rate,
-            "memory_bytes": max(each.memory_bytes for each in waiting.values()),
-            "phase_seconds": slowest.phase_seconds,
-            "at": time.time(),
-        }
-        if first.validation_loss is not None:
-            line["validation_loss"] = first.validation_loss
-        self._status |= {"state": "running" if self._status["state"] == "starting" else self._status["state"]}
+        line = self._line(list(waiting.values()))
+        if self._status["state"] == "starting":
+            self._status["state"] = "running"
         self._status["step"] = report.step
         self.run.append("metrics.jsonl", [line])
         for listener in self._listeners:
             listener(line)
         self.confirm()
+        return line
+
+    def catch_up(self, reports: Sequence[StepReport]) -> None:
+        """Add the steps that an earlier session's ranks trained and saved with no controller left to hear of them."""
+        known = {(line["attempt"], line["step"]) for line in self.run.read_lines("metrics.jsonl")}
+        unheard = [report for report in reports if (report.attempt, report.step) not in known]
+        self.run.append("metrics.jsonl", [self._line([report]) for report in unheard])
+
+    def _line(self, reports: Sequence[StepReport]) -> dict[str, Any]:
+        """A line of metrics.jsonl from all ranks' reports of one step."""
+        slowest = max(reports, key=lambda each: each.step_seconds)
+        line: dict[str, Any] = {
+            "step": slowest.step,
+            "attempt": slowest.attempt,
+            "loss": slowest.loss,
+            "grad_norm": slowest.grad_norm,
+            "tokens": slowest.tokens,
+            "step_seconds": slowest.step_seconds,
+            **self._throughput(slowest.tokens / slowest.step_seconds),
+            "learning_rate": slowest.learning_rate,
+            "memory_bytes": max(each.memory_bytes for each in reports),
+            "phase_seconds": slowest.phase_seconds,
+            "at": max(each.at for each in reports),
+        }
+        if slowest.validation_loss is not None:
+            line["validation_loss"] = slowest.validation_loss
         return line
 
     def confirm(self, *, now: bool = False) -> None:

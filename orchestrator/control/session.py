@@ -11,15 +11,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from jobs import compose, corpus
-from jobs.errors import InputError, CombinedInputError
+from jobs import compose
+from jobs.errors import CombinedInputError, InputError
 from jobs.spec import JobSpec, LayoutSpec
 from orchestrator import manifests
 from orchestrator.control import cluster
-from orchestrator.control.controller import Controller, Throughput
+from orchestrator.control.controller import Controller
 from orchestrator.control.display import Display
 from orchestrator.control.plot import plot_loss
-from orchestrator.control.record import LIVE, RunRecord, State, status_of
+from orchestrator.control.record import LIVE, RunRecord, State, Throughput, status_of
 from orchestrator.messages import Event, Stop
 from orchestrator.run_folder import RunFolder, new_run_id
 from parallel import planner
@@ -119,9 +119,9 @@ def resume(run: RunFolder, job: JobSpec, overrides: Sequence[str]) -> None:
 
 def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], display: Display) -> dict[str, Any]:
     layout = Layout.of(job.layout)
-    record = RunRecord(run, world=layout.world, where=where, layout=layout.label)
+    record = RunRecord(run, layout, where, throughput(job, layout))
     record.listen(display)
-    controller = Controller(job, record, cluster.Cluster(run, job, where), throughput(job, layout))
+    controller = Controller(job, record, cluster.Cluster(run, job, where))
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         controller.interrupt()
@@ -130,7 +130,6 @@ def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], di
         signal.signal(number, interrupt)
     display.opening(run.place, job, describe_layout(job))
     try:
-        corpus.check(job.data)
         outcome = controller.run()
     except InputError as error:
         record.end("failed", str(error))

@@ -28,19 +28,18 @@ _LOG_UPLOAD_SECONDS = 10.0
 class NodeAgent:
     """Every method is called by the controller, through Ray; `poll` waits while the others are served."""
 
-    def __init__(self, run_place: str, node: str, session: str, job: dict[str, Any]) -> None:
+    def __init__(self, run_place: str, index: int, session: str, job: dict[str, Any]) -> None:
         self._run = RunFolder(run_place)
         self._job = JobSpec.model_validate(job)
-        self._node, self._session = node, session
+        self._node, self._session = f"{socket.gethostname()}-{index}", session
         self._address = _own_address()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._live: dict[int, int] = {}  # rank -> pid
         self._changed = threading.Condition()
         self._log_folder = self._run.local or Path(tempfile.mkdtemp(prefix="fivefold-logs-"))
 
-    def prepare(self) -> float:
-        """Wait until earlier ranks of this run are gone from this machine, then warm a zygote. Returns seconds."""
-        began = time.monotonic()
+    def prepare(self) -> str:
+        """Wait until earlier ranks of this run are gone from this machine, then warm a zygote. Returns the name."""
         lock = self._lock_machine(self._job.policy.grace_seconds + _KILL_SECONDS)
         ours, zygotes = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -69,7 +68,7 @@ class NodeAgent:
             threading.Thread(target=read, args=(source,), daemon=True).start()
         if self._run.local is None:
             threading.Thread(target=self._upload_logs, daemon=True).start()
-        return time.monotonic() - began
+        return self._node
 
     def open_store(self) -> tuple[str, int]:
         """A listening socket for the next attempt's rendezvous, so that its port is nobody else's. Rank 0 serves it."""

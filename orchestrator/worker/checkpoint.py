@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from jobs.errors import InputError
 from orchestrator import manifests
 from orchestrator.manifests import CheckpointManifest, FileEntry
-from orchestrator.messages import RankLaunch
+from orchestrator.messages import RankLaunch, StepReport
 from orchestrator.run_folder import RunFolder
 from orchestrator.worker.engines.protocol import Engine
 from orchestrator.worker.reporter import Reporter
@@ -35,8 +36,8 @@ class Checkpoints:
         count = layout.world if self._shared else min(per_node, layout.world - first)
         self._share = (launch.rank - first, count)
 
-    def save(self, engine: Engine, step: int) -> None:
-        """Write a checkpoint of `step`; it exists once its manifest does."""
+    def save(self, engine: Engine, step: int, reports: Sequence[StepReport]) -> None:
+        """Write a checkpoint of `step`, with the reports since the one before; it exists once its manifest does."""
         began = time.monotonic()
         folder = self._folder(step)
         if self._share[0] == 0:
@@ -51,7 +52,7 @@ class Checkpoints:
         dist.all_gather_object(gathered, mine)
         if self._launch.rank == 0:
             files = sorted((entry for part in gathered if part for entry in part), key=lambda entry: entry.name)
-            manifest = self._manifest(step, tuple(files))
+            manifest = self._manifest(step, tuple(files), tuple(reports))
             if self._shared:
                 self._check_shared(folder, files)
             name = f"{manifests.folder_name(step)}/manifest.json"
@@ -129,7 +130,7 @@ class Checkpoints:
                 "a shared folder or an object store",
             )
 
-    def _manifest(self, step: int, files: tuple[FileEntry, ...]) -> CheckpointManifest:
+    def _manifest(self, step: int, files: tuple[FileEntry, ...], reports: tuple[StepReport, ...]) -> CheckpointManifest:
         launch, job = self._launch, self._launch.job
         return CheckpointManifest(
             run_id=launch.run_id,
@@ -141,5 +142,6 @@ class Checkpoints:
             data_cursor=step * job.train.global_batch,
             random_state={"seed": job.train.seed, "step": step},
             written_at=time.time(),
+            reports=reports,
             files=files,
         )

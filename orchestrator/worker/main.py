@@ -100,6 +100,7 @@ class _Rank:
         dp_rank = layout.coordinates(self._launch.rank)["dp"]
         micro_batch = job.layout.micro_batch
         assert micro_batch is not None, "job.json is resolved before it is run"
+        unsaved: list[StepReport] = []
         for step in range(start + 1, train.steps + 1):
             self._inject(step)
             clock = [time.monotonic()]
@@ -119,24 +120,25 @@ class _Rank:
                 validation_loss = engine.evaluate(held_out)
             clock.append(time.monotonic())
             phases = dict(zip(("data", "compute", "evaluate"), _intervals(clock), strict=True))
-            self._reporter.send(
-                StepReport(
-                    attempt=self._launch.attempt,
-                    rank=self._launch.rank,
-                    step=step,
-                    loss=result.loss,
-                    grad_norm=result.grad_norm,
-                    learning_rate=rate,
-                    tokens=train.global_batch * train.sequence_length,
-                    step_seconds=phases["data"] + phases["compute"],
-                    phase_seconds=phases,
-                    memory_bytes=self._peak_memory(),
-                    validation_loss=validation_loss,
-                )
+            report = StepReport(
+                attempt=self._launch.attempt,
+                rank=self._launch.rank,
+                step=step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                learning_rate=rate,
+                tokens=train.global_batch * train.sequence_length,
+                step_seconds=phases["data"] + phases["compute"],
+                phase_seconds=phases,
+                memory_bytes=self._peak_memory(),
+                validation_loss=validation_loss,
             )
+            self._reporter.send(report)
+            unsaved.append(report)
             stop = self._agreed_to_stop()
             if last or stop or step % job.checkpoint.interval == 0:
-                checkpoints.save(engine, step)
+                checkpoints.save(engine, step, unsaved)
+                unsaved.clear()
             if stop and not last:
                 return LEFT_ON_REQUEST
         return 0

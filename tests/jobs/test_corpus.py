@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from jobs import corpus
-from jobs.errors import InputError, CombinedInputError
+from jobs.errors import CombinedInputError, InputError
 from jobs.spec import DataSpec
 
 STDLIB = Path(corpus.__file__).parent / "conf" / "data" / "stdlib.yaml"

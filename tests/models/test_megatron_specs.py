@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from jobs.architecture import ModelArchitecture
-from jobs.errors import InputError
 from jobs.spec import CheckpointSpec, ClusterSpec, DataSpec, JobSpec, LayoutSpec, PolicySpec, TrainSpec
 from models.megatron_specs import CausalAttention, RMSNorm, transformer_config
 from parallel.layout import Layout
@@ -77,18 +76,3 @@ def test_configuration_says_what_the_job_says() -> None:
     qwen = transformer_config(job(router_normalize_top_k=False, first_dense_layers=2, attention_bias=True), Layout())
     assert (qwen.moe_router_pre_softmax, qwen.moe_layer_freq, qwen.add_qkv_bias) == (True, [0, 0, 1], True)
     assert not qwen.sequence_parallel
-
-
-@pytest.mark.parametrize(
-    ("changes", "path"),
-    [
-        ({"kv_lora_rank": 8}, "model.kv_lora_rank"),
-        ({"router_bias": True}, "model.router_bias"),
-        ({"top_k": 1}, "model.router_normalize_top_k"),
-        ({"router_score": "sigmoid", "router_normalize_top_k": False}, "model.router_normalize_top_k"),
-    ],
-)
-def test_models_that_would_be_trained_as_others_are_refused(changes: dict[str, object], path: str) -> None:
-    with pytest.raises(InputError) as refused:
-        transformer_config(job(**changes), Layout())
-    assert refused.value.path == path

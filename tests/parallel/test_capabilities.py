@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jobs.errors import InputError
 from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, check_job, refusal
-from parallel.layout import Layout, divisors
+from parallel.layout import Layout
 
 RULES = ATTENTION_RULES + EXPERT_RULES
 
@@ -40,7 +38,6 @@ RULES = ATTENTION_RULES + EXPERT_RULES
         ),
         ("mixtral_8x7b", {}, {"dp": 16, "ep": 16}, "experts", "ep=16 does not divide experts=8"),
         ("quickstart", {"expert_ffn": 255}, {"dp": 4, "etp": 2}, "expert_ffn", "etp=2 does not divide expert_ffn=255"),
-        ("quickstart", {}, {"tp": 2, "dp": 2}, "replicated experts", "ep=1 with etp=1 and tp=2: without expert"),
         ("llama3_8b", {}, {"dp": 2, "ep": 2}, "dense model", "ep=2, but llama3_8b has no experts"),
         ("quickstart", {}, {"dp": 5}, "global_batch", "dp=5 does not divide global_batch=32"),
     ],
@@ -65,6 +62,7 @@ def test_sequence_parallelism_needs_tp_to_divide_the_sequence(make_job: Any) -> 
     [
         ("quickstart", {"tp": 2, "dp": 2, "pp": 2, "ep": 4}),
         ("quickstart", {"tp": 2, "dp": 2, "etp": 2}),
+        ("quickstart", {"tp": 2, "dp": 2}),  # experts replicated over tp
         ("quickstart", {"dp": 4, "etp": 2, "ep": 2}),
         ("quickstart", {"dp": 8}),
         ("llama3_8b", {"tp": 8, "pp": 4}),
@@ -75,19 +73,6 @@ def test_what_runs(make_job: Any, model: str, layout: dict[str, int]) -> None:
     job = make_job(model)
     check_job(job)
     assert refusal(RULES, Layout(**layout), job) is None
-
-
-@settings(deadline=None)
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 2), st.data())
-def test_replicated_experts_are_refused_exactly_where_gradients_would_be_wrong(
-    make_job: Any, tp: int, cp: int, dp: int, pp: int, data: st.DataObject
-) -> None:
-    """Without EP, Megatron reduces expert gradients over DP x CP; right only where that is where the replicas are."""
-    etp = data.draw(st.sampled_from(divisors(tp * cp * dp)))
-    layout = Layout(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp)
-    rule = next(rule for rule in EXPERT_RULES if rule.key == "replicated experts")
-    right = layout.groups("dp", "cp") == layout.groups("edp")
-    assert (rule.reason(layout, make_job()) is None) == right
 
 
 @pytest.mark.parametrize(
