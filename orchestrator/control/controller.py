@@ -208,7 +208,8 @@ class Controller:
                 other = self._observe(report, exited)
                 if other and (other.kind in ("node_lost", "input_error") or _was_signalled(report)):
                     failure = other
-        self._tell("attempt_failed", f"step {failure.step}: {failure.reason}", **{"class": failure.kind})
+        text = f"step {failure.step}: {failure.reason}"
+        self._tell("attempt_failed", text, step=failure.step, failure=failure.kind)
         record.ledger.switch("restart", time.time())
         self._machines.kill_ranks()
         self._failures.append(failure)
