@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, Literal, Protocol
 
+from jobs import corpus
+from jobs.errors import InputError
 from jobs.spec import JobSpec
 from orchestrator import manifests
 from orchestrator.control.policies import Failure, after_failure
@@ -59,6 +61,9 @@ class Controller:
         """Train until done, given up or asked to stop. The outcome is recorded before it is returned."""
         try:
             outcome = self._run()
+        except InputError as error:
+            self._record.end("failed", str(error))
+            raise
         except BaseException as error:
             self._record.end("failed", f"the controller failed: {type(error).__name__}: {error}")
             raise
@@ -68,6 +73,7 @@ class Controller:
         return outcome
 
     def _run(self) -> Stop:
+        corpus.check(self._job.data)
         self._machines.connect()
         outcome = self._acquire()
         for step in reversed(manifests.steps(self._record.run)):
