@@ -59,7 +59,7 @@ class TrainSpec(Spec):
     precision: Literal["fp32", "bf16"] = "bf16"
     learning_rate: float = Field(gt=0)
     min_learning_rate: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0, description="more than steps: training ends before the peak, as in a short trial")
+    warmup_steps: int = Field(0, ge=0, description="above steps: training ends before the peak, as in a trial")
     weight_decay: float = Field(0.1, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
