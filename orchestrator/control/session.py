@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import signal
 import sys
@@ -37,8 +38,9 @@ def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["
         run.write_json("plan.json", planning.plans[0].as_dict())
         _write_status(run, job, where)
         run.write_json("job.json", job.model_dump(mode="json"))
-    except OSError as error:
-        raise InputError("run root", root, f"cannot be written: {error.strerror or error}") from None
+    except Exception as error:  # a filesystem's library raises what it likes
+        rule = f"cannot be written: {getattr(error, 'strerror', None) or error}"
+        raise InputError("run root", root, rule) from None
     return run
 
 
@@ -166,9 +168,10 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
     events = list(run.read_lines("events.jsonl"))
     entropy = next((event["data"]["unigram_entropy"] for event in events if event["kind"] == "training_started"), None)
     restarts = [event["data"]["step"] for event in events if event["kind"] == "attempt_failed"]
-    plotted = run.local is not None and bool(lines)
-    if plotted and run.local is not None:
-        plot_loss(lines, run.local / "loss.png", entropy, restarts)
+    if lines:
+        picture = io.BytesIO()
+        plot_loss(lines, picture, entropy, restarts)
+        run.write("loss.png", picture.getvalue())
     return {
         "run_id": run.run_id,
         "run_folder": run.place,
@@ -183,7 +186,7 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
         ),
         "unigram_entropy": entropy,
         "ledger": (run.read_json("ledger.json") or {}).get("totals", {}),
-        "loss_plot": f"{run.place}/loss.png" if plotted else None,
+        "loss_plot": f"{run.place}/loss.png" if lines else None,
     }
 
 
