@@ -22,9 +22,8 @@ _TOLD = {
     "attempt_failed",
     "restarting",
     "stopping",
-    "node_lost",
 }
-_LOUD = {"checkpoint_damaged", "fault_injected", "attempt_failed", "node_lost"}
+_LOUD = {"checkpoint_damaged", "fault_injected", "attempt_failed"}
 
 
 class Display:
