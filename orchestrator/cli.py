@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     """Parse and carry out one command line. Returns the exit code; bad input is one message, never a traceback."""
     as_json = "--json" in arguments
     try:
-        options = _parse(arguments)
+        options = parse(arguments)
         answer: Answer = options.verb(options)
         document, code = answer
     except InputError as error:
@@ -264,7 +264,7 @@ def _error_record(error: InputError) -> dict[str, str | None]:
     }
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON document, last on stdout")
     common.add_argument(

@@ -76,16 +76,13 @@ class Controller:
         corpus.check(self._job.data)
         self._machines.connect()
         outcome = self._acquire()
-        for step in reversed(manifests.steps(self._record.run)):
-            self._record.catch_up(manifests.read(self._record.run, step).reports)
         while outcome is None:
             decision = self._attempt()
             if isinstance(decision, Stop):
                 outcome = decision
                 continue
-            newest = next(iter(manifests.steps(self._record.run)), 0)
-            budget = f"restart {len(self._failures)} of at most {self._job.policy.max_restarts}"
-            self._tell("restarting", f"going back to step {newest}, {budget}", reason=decision.reason)
+            count, budget = len(self._failures), self._job.policy.max_restarts
+            self._tell("restarting", f"restart {count} of at most {budget}", reason=decision.reason)
             if self._failures and self._failures[-1].kind == "node_lost":
                 self._machines.release()
                 outcome = self._acquire()
@@ -112,6 +109,9 @@ class Controller:
             if stop := self._stopped():
                 return stop
         self._tell("nodes_ready", f"{', '.join(self._machines.nodes)} ready in {time.monotonic() - began:.1f} s")
+        # With their agent lost, ranks train to the end of a step and save it before they leave.
+        for step in reversed(manifests.steps(self._record.run)):
+            self._record.catch_up(manifests.read(self._record.run, step).reports)
         return None
 
     def _attempt(self) -> Decision:
