@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from orchestrator.control.ledger import Ledger
-from orchestrator.messages import Event, StepReport
+from orchestrator.messages import LEFT_ON_REQUEST, Event, StepReport
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
 
@@ -93,7 +93,9 @@ class RunRecord:
             rank["pid"] = event.data["pid"]
         elif rank is not None and event.kind == "rank_exited":
             code = event.data["code"]
-            rank["state"] = "killed" if code < 0 else "done" if code == 0 else "left" if code == 75 else "failed"
+            rank["state"] = (
+                "killed" if code < 0 else "done" if code == 0 else "left" if code == LEFT_ON_REQUEST else "failed"
+            )
         elif event.kind == "training_started":
             self._status["step"] = event.data["start_step"]
         for listener in self._listeners:
@@ -124,6 +126,7 @@ class RunRecord:
         known = {(line["attempt"], line["step"]) for line in self.run.read_lines("metrics.jsonl")}
         unheard = [report for report in reports if (report.attempt, report.step) not in known]
         self.run.append("metrics.jsonl", [self._line([report]) for report in unheard])
+        self._status["step"] = max([self.step, *(report.step for report in unheard)])
 
     def _line(self, reports: Sequence[StepReport]) -> dict[str, Any]:
         """A line of metrics.jsonl from all ranks' reports of one step."""

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.messages import PACKET_BYTES, RankLaunch
+from orchestrator.messages import LEFT_ON_REQUEST, PACKET_BYTES, RankLaunch
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -112,7 +112,7 @@ class Zygote:
         self._watched.unregister(watch)
         os.close(watch)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        self._any_died |= code != 0
+        self._any_died |= code not in (0, LEFT_ON_REQUEST)
         with contextlib.suppress(OSError):
             _send(
                 self._control,

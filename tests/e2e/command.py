@@ -88,12 +88,14 @@ class Fivefold:
         """The run that a command just started has created: the only one under this run root."""
         return until(lambda: next(iter(runs(self.root)), None), 20, "a run folder", started)
 
-    def survivors(self, seconds: float) -> list[str]:
-        """Command lines of processes still there after so long."""
+    def survivors(self, seconds: float, but: tuple[str, ...] = ()) -> list[str]:
+        """Command lines of processes still there after so long, but for those that begin like this."""
         deadline = time.monotonic() + seconds
-        while (alive := list(self._alive())) and time.monotonic() < deadline:
+        while True:
+            alive = [command for _, command in self._alive() if not (but and command.startswith(but))]
+            if not alive or time.monotonic() > deadline:
+                return alive
             time.sleep(0.05)
-        return [f"{pid}: {command}" for pid, command in alive]
 
     def end_all(self) -> None:
         for pid, _ in self._alive():
@@ -145,7 +147,7 @@ def assert_same_curve(run: RunFolder, reference: dict[int, tuple[float, float]])
     assert not different, f"{[(line['attempt'], line['step'], numbers(line)) for line in different]}"
 
 
-def kill_rank(run: RunFolder, rank: int, node: str | None = None) -> float:
+def kill_rank(run: RunFolder, rank: int) -> float:
     """SIGKILL from outside; returns when, in Unix seconds."""
     (pid,) = [each["pid"] for each in run.read_json("status.json")["ranks"] if each["rank"] == rank]
     os.kill(pid, signal.SIGKILL)

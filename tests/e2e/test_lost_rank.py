@@ -21,6 +21,9 @@ def test_killed_by_an_injected_fault_and_then_from_outside(
     until(reached(run, 5, attempt=2), 60, "second attempt", started)
     status = fivefold("status", run.run_id).document
     assert (status["state"], status["attempt"], len(status["ranks"])) == ("running", 2, 4)
+    here = fivefold.survivors(0)
+    assert sum("orchestrator.node.zygote" in command for command in here) == 5, here  # itself and four ranks
+    assert any("ray::NodeAgent" in command for command in here), here  # so that none would go unseen if it stayed
     until(reached(run, step, attempt=2), 30, f"step {step}", started)
     killed_at = kill_rank(run, rank)
     answer = started.finish()
