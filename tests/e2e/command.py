@@ -74,12 +74,13 @@ class Fivefold:
 
     def __init__(self, folder: Path, mark: str, environment: dict[str, str], root: str | None = None) -> None:
         self.folder, self.mark, self.root = folder, mark, root or str(folder / "runs")
-        self.environment = os.environ | environment | {"PYTHONPATH": str(PROJECT), mark: "1", "OMP_NUM_THREADS": "1"}
+        ours = {"FIVEFOLD_RUN_ROOT": self.root, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", mark: "1"}
+        self.environment = os.environ | environment | ours
         self._count = 0
 
     def start(self, *arguments: str) -> Started:
         self._count += 1
-        return Started((*arguments, "--run-root", self.root), self.environment, self.folder / f"{self._count}")
+        return Started(arguments, self.environment, self.folder / f"{self._count}")
 
     def __call__(self, *arguments: str, seconds: float = 90) -> Answer:
         return self.start(*arguments).finish(seconds)

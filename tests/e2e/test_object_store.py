@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
+import fsspec
 import pytest
 from command import INTERVAL, JOB, STEPS, Fivefold, assert_same_curve, kinds
 from command import seconds_to_next_step as recovery
@@ -18,6 +20,7 @@ ROOT = "s3://bucket/runs"
 @pytest.fixture
 def store(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fivefold]:
     """`fivefold` with its run root in an empty bucket; the environment says where that is, as for any S3 client."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line a request in the report of a failure
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -29,8 +32,6 @@ def store(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fivefold]
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    import fsspec
-
     fsspec.filesystem("s3").mkdir("bucket")
     try:
         with opened(ROOT, **environment) as fivefold:
