@@ -9,7 +9,7 @@ from jobs.spec import JobSpec
 from orchestrator import manifests
 from orchestrator.control.policies import Failure, after_failure
 from orchestrator.control.record import RunRecord
-from orchestrator.messages import Decision, Event, RankLaunch, Report, StepReport, Stop
+from orchestrator.messages import LEFT_ON_REQUEST, Decision, Event, RankLaunch, Report, StepReport, Stop
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
 
@@ -18,7 +18,6 @@ _BLAME_SECONDS = 0.05
 _CANCEL_LOCAL_SECONDS = 0.25
 _CANCEL_REMOTE_SECONDS = 5.0
 CANCEL_REQUEST = "requests/cancel"
-LEFT_ON_REQUEST = 75
 
 
 class Machines(Protocol):

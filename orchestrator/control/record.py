@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from orchestrator.control.ledger import Ledger
-from orchestrator.messages import Event, StepReport
+from orchestrator.messages import LEFT_ON_REQUEST, Event, StepReport
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
 
@@ -93,7 +93,7 @@ class RunRecord:
             rank["pid"] = event.data["pid"]
         elif rank is not None and event.kind == "rank_exited":
             code = event.data["code"]
-            rank["state"] = "killed" if code < 0 else "done" if code == 0 else "left" if code == 75 else "failed"
+            rank["state"] = "killed" if code < 0 else {0: "done", LEFT_ON_REQUEST: "left"}.get(code, "failed")
         elif event.kind == "training_started":
             self._status["step"] = event.data["start_step"]
         for listener in self._listeners:

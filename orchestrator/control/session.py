@@ -32,7 +32,7 @@ _DECIDED_AT_START = ("name", "engine", "model", "data", "train.sequence_length",
 
 def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["here", "cluster"]) -> RunFolder:
     """A new run folder, whole or not at all, with the job as it is to be run."""
-    run = RunFolder(f"{root}/{new_run_id(job.name)}")
+    run = RunFolder(f"{root.rstrip('/')}/{new_run_id(job.name)}")
     try:
         run.write_json("plan.json", planning.plans[0].as_dict())
         _write_status(run, job, where)

@@ -11,11 +11,8 @@ import traceback
 from types import FrameType
 
 from jobs.errors import InputError
-from orchestrator.messages import RankLaunch, StepReport
+from orchestrator.messages import LEFT_ON_REQUEST, RankLaunch, StepReport
 from orchestrator.worker.reporter import Reporter
-
-LEFT_ON_REQUEST = 75
-"""Exit code of a rank that wrote a checkpoint and left because it was asked to (EX_TEMPFAIL)."""
 
 
 def import_engine(device: str) -> None:
