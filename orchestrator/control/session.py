@@ -131,9 +131,6 @@ def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], di
     display.opening(run.place, job, describe_layout(job))
     try:
         outcome = controller.run()
-    except InputError as error:
-        record.end("failed", str(error))
-        raise
     finally:
         display.close()
     facts = summary(run, outcome)
