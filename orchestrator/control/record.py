@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from jobs.errors import InputError
 from orchestrator.control.ledger import Ledger
 from orchestrator.messages import LEFT_ON_REQUEST, Event, StepReport
 from orchestrator.run_folder import RunFolder
@@ -179,7 +180,9 @@ def _keeps_going(record: RunRecord) -> Any:
 
 def status_of(run: RunFolder) -> dict[str, Any]:
     """status.json, with `state` `orphaned` where its controller has died: the run waits for `resume`."""
-    status: dict[str, Any] = run.read_json("status.json") or {}
+    status: dict[str, Any] | None = run.read_json("status.json")
+    if status is None:
+        raise InputError(run.path("status.json"), None, "is missing: the run folder is not whole")
     if status.get("state") in LIVE and not _alive(status):
         status |= {"state": "orphaned", "reason": "its controller died"}
     return status
