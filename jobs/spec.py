@@ -59,7 +59,7 @@ class TrainSpec(Spec):
     precision: Literal["fp32", "bf16"] = "bf16"
     learning_rate: float = Field(gt=0)
     min_learning_rate: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="above steps: training ends before the peak, as in a trial")
     weight_decay: float = Field(0.1, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
@@ -71,8 +71,6 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSpec:
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} exceeds steps={self.steps}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} exceeds learning_rate={self.learning_rate}")
         return self

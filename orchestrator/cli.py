@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _answer(arguments: Sequence[str]) -> int:
     try:
-        options = _parse(arguments)
+        options = parse(arguments)
         answer: Answer = options.verb(options)
         document, code = answer
     except InputError as error:
@@ -294,7 +294,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError("command line", None, f"{message}; `{self.prog} --help` tells more")
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser, verbs = _parser()
     given = next((argument for argument in arguments if not argument.startswith("-")), None)
     if given is not None and given not in verbs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, Literal, Protocol
 
+from jobs import corpus
 from jobs.errors import InputError
 from jobs.spec import JobSpec
 from orchestrator import manifests
@@ -59,10 +60,11 @@ class Controller:
         """Train until done, given up or asked to stop. The outcome is recorded before it is returned."""
         try:
             outcome = self._run()
+        except InputError as error:
+            self._record.end("failed", str(error))
+            raise
         except BaseException as error:
-            bad_input = isinstance(error, InputError)
-            reason = str(error) if bad_input else f"the controller failed: {type(error).__name__}: {error}"
-            self._record.end("failed", reason)
+            self._record.end("failed", f"the controller failed: {type(error).__name__}: {error}")
             raise
         finally:
             self._machines.release()
@@ -70,18 +72,16 @@ class Controller:
         return outcome
 
     def _run(self) -> Stop:
+        corpus.check(self._job.data)
         self._machines.connect()
         outcome = self._acquire()
-        for step in reversed(manifests.steps(self._record.run)):
-            self._record.catch_up(manifests.read(self._record.run, step).reports)
         while outcome is None:
             decision = self._attempt()
             if isinstance(decision, Stop):
                 outcome = decision
                 continue
-            newest = next(iter(manifests.steps(self._record.run)), 0)
-            budget = f"restart {len(self._failures)} of at most {self._job.policy.max_restarts}"
-            self._tell("restarting", f"going back to step {newest}, {budget}", reason=decision.reason)
+            count, budget = len(self._failures), self._job.policy.max_restarts
+            self._tell("restarting", f"restart {count} of at most {budget}", reason=decision.reason)
             if self._failures and self._failures[-1].kind == "node_lost":
                 self._machines.release()
                 outcome = self._acquire()
@@ -109,6 +109,9 @@ class Controller:
             if stop := self._stopped():
                 return stop
         self._tell("nodes_ready", f"{', '.join(self._machines.nodes)} ready in {time.monotonic() - began:.1f} s")
+        # With their agent lost, ranks train to the end of a step and save it before they leave.
+        for step in reversed(manifests.steps(self._record.run)):
+            self._record.catch_up(manifests.read(self._record.run, step).reports)
         return None
 
     def _attempt(self) -> Decision:
@@ -209,7 +212,8 @@ class Controller:
         while failure.kind in ("rank_failed", "rank_exited") and time.monotonic() < deadline:
             for report in self._machines.poll(_BLAME_SECONDS):
                 failure = blamed(failure, self._observe(report, exited)) or failure
-        self._tell("attempt_failed", f"step {failure.step}: {failure.reason}", **{"class": failure.kind})
+        text = f"step {failure.step}: {failure.reason}"
+        self._tell("attempt_failed", text, step=failure.step, failure=failure.kind)
         record.ledger.switch("restart", time.time())
         self._machines.kill_ranks()
         # A node that is gone is known to be once it was asked for something; ranks now die because they are killed.

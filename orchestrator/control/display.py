@@ -13,7 +13,7 @@ from rich.table import Table
 from jobs.spec import JobSpec
 from orchestrator.messages import Event
 
-_HEADER = f"{'step':>7}  {'loss':>8}  {'grad norm':>9}  {'tokens/s':>9}  {'MFU':>5}  {'memory':>8}"
+HEADER = f"{'step':>7}  {'loss':>8}  {'grad norm':>9}  {'tokens/s':>9}  {'MFU':>5}  {'memory':>8}"
 _TOLD = {
     "nodes_requested",
     "nodes_ready",
@@ -22,16 +22,15 @@ _TOLD = {
     "attempt_failed",
     "restarting",
     "stopping",
-    "node_lost",
 }
-_LOUD = {"checkpoint_damaged", "fault_injected", "attempt_failed", "node_lost"}
+_LOUD = {"checkpoint_damaged", "fault_injected", "attempt_failed"}
 
 
 class Display:
     """Listens to a run and prints it. On a terminal a progress bar with the time left stands below the lines."""
 
     def __init__(self, file: IO[str] | None = None) -> None:
-        self._console = Console(file=file, highlight=False, soft_wrap=True)
+        self._console = Console(file=file, highlight=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._header_due = True
@@ -56,6 +55,8 @@ class Display:
         elif told.kind == "training_started":
             self._header_due = True
             start = told.data["start_step"]
+            if self._progress is not None and self._task is not None:
+                self._progress.reset(self._task, completed=start)
             verb = f"from the checkpoint of step {start}" if start else "from random weights"
             self._print(f"        {told.data['parameters'] / 1e6:,.2f} M parameters, {verb}")
         elif told.kind in _TOLD:
@@ -87,7 +88,7 @@ class Display:
 
     def _step(self, line: dict[str, Any]) -> None:
         if self._header_due:
-            self._print(_HEADER, "bold")
+            self._print(HEADER, "bold")
             self._header_due = False
         mfu = f"{line['mfu']:.1%}" if line.get("mfu") is not None else "-"
         text = (
@@ -102,7 +103,7 @@ class Display:
 
     def _print(self, text: str, style: str | None = None) -> None:
         console = self._progress.console if self._progress is not None else self._console
-        console.print(text, style=style, markup=False)
+        console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def print_table(title: str | None, columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> None:

@@ -180,7 +180,7 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
     lines = list(run.read_lines("metrics.jsonl"))
     events = list(run.read_lines("events.jsonl"))
     entropy = next((event["data"]["unigram_entropy"] for event in events if event["kind"] == "training_started"), None)
-    restarts = [event["data"]["start_step"] for event in events if event["kind"] == "training_started"][1:]
+    restarts = [event["data"]["step"] for event in events if event["kind"] == "attempt_failed"]
     plotted = run.local is not None and bool(lines)
     if plotted and run.local is not None:
         plot_loss(lines, run.local / "loss.png", entropy, restarts)

@@ -212,9 +212,11 @@ def _rank_environment(job: JobSpec) -> dict[str, str]:
     project = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([project, *filter(None, [environment.get("PYTHONPATH")])])
     environment["PYTHONUNBUFFERED"] = "1"
+    environment["GLOO_SOCKET_IFNAME"] = _interface()
     if job.cluster.device == "cpu":
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": _interface()}
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     else:
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that an import cannot initialise CUDA before the fork
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron's overlap of TP collectives relies on launch order
     return environment
 

@@ -182,7 +182,7 @@ def test_null_leaves_a_degree_to_the_planner() -> None:
         ("data.validation_fraction=1", "data.validation_fraction", None),
         ("name=My Job", "name", None),
         ("fault.at_step=0", "fault.at_step", 1),
-        ("train.warmup_steps=1000", "train", None),
+        ("train.min_learning_rate=1", "train", None),
         ("model.kv_heads=3", "model", None),
         ("train.steps", "override", None),
         ("=5", "override", None),
@@ -209,7 +209,7 @@ def test_composing_says_the_same_as_amending(override: str) -> None:
 def test_messages_hold_the_value_and_the_numbers() -> None:
     for override, message in {
         "train.steps=0": "train.steps=0: should be greater than or equal to 1; nearest valid: 1",
-        "train.warmup_steps=1000": "train: warmup_steps=1000 exceeds steps=100",
+        "train.min_learning_rate=1": "train: min_learning_rate=1.0 exceeds learning_rate=0.003",
         "model.kv_heads=3": "model: kv_heads=3 does not divide heads=4",
         "engine=deepseed": "engine=deepseed: should be 'megatron' or 'deepspeed'; nearest valid: deepspeed",
         "layout": "override=layout: has the form key=value, like layout.tp=2 or cluster=h200_x8",

@@ -128,7 +128,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
     monkeypatch.setattr(module, "time", clock)
 
     def set_up(*turns: Turn, spec: JobSpec | None = None) -> Stage:
-        return Stage(str(tmp_path / "run-1"), clock, spec or job("train.steps=2", "train.warmup_steps=0"), *turns)
+        return Stage(str(tmp_path / "run-1"), clock, spec or job("train.steps=2"), *turns)
 
     return set_up
 
@@ -183,7 +183,7 @@ def test_a_run_that_nothing_happens_to(stage: SetUp) -> None:
 
 
 def test_ranks_go_to_the_nodes_of_their_block(stage: SetUp) -> None:
-    spec = job("cluster.nodes=2", "cluster.devices_per_node=2", "train.steps=2", "train.warmup_steps=0")
+    spec = job("cluster.nodes=2", "cluster.devices_per_node=2", "train.steps=2")
     play = stage(started() + trained(1, 2) + all_exited(), spec=spec)
     play.machines.nodes = ["host-0", "host-1"]
     play.play()
@@ -259,7 +259,7 @@ def test_a_rank_that_dies_costs_an_attempt(stage: SetUp) -> None:
     assert [launches[0].attempt for launches in play.machines.launched] == [1, 2]
     assert play.trained == [(1, 1), (2, 2)]
     assert play.told("attempt_failed") == ["step 1: rank 2 was ended by signal 9"]
-    assert play.told("restarting") == ["going back to step 1, restart 1 of at most 3"]
+    assert play.told("restarting") == ["restart 1 of at most 3"]
     assert play.run.read_json("ledger.json")["totals"]["detect"] > 0
 
 
@@ -343,7 +343,7 @@ def test_reports_of_an_attempt_that_is_over_are_ignored(stage: SetUp) -> None:
 
 def test_a_fault_is_injected_once_a_run(stage: SetUp) -> None:
     injected = Event(kind="fault_injected", message="rank 1 kills itself", attempt=1, rank=1, data={"step": 1})
-    spec = job("train.steps=2", "train.warmup_steps=0", "fault.kill_rank=1")
+    spec = job("train.steps=2", "fault.kill_rank=1")
     play = stage([injected, exited(1, -9)], [], started(attempt=2) + all_exited(attempt=2), spec=spec)
     play.play()
     assert [launches[0].inject_fault for launches in play.machines.launched] == [True, False]

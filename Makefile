@@ -1,0 +1,36 @@
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint wheel bench-moe-1b clean
+
+# Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
+demo: $(VENV)/.ready
+	$(BIN)/fivefold run quickstart layout.tp=2 layout.ep=2 fault.kill_rank=3 fault.at_step=50
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch comes first and alone: where the machine offers a CPU build, nothing after it asks for another.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+wheel: $(VENV)/.ready
+	$(BIN)/python -m build --wheel
+
+# On a machine of two GPUs. The figures of docs/benchmarks.md come from here.
+bench-moe-1b:
+	fivefold run moe_1b layout.tp=2 layout.ep=2 train.steps=50 checkpoint.interval=20 fault.kill_rank=1 fault.at_step=35
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
