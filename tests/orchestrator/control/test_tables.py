@@ -19,15 +19,17 @@ def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     ages: list[tuple[str, float, str]] = [("a", 3, "3 s"), ("b", 150, "2 min"), ("c", 7300, "2 h"), ("d", 2e5, "2 d")]
     statuses = [
-        status_of(make_run(str(tmp_path / name), updated_at=time.time() - age, attempt=number))
+        status_of(make_run(str(tmp_path / name), updated_at=now - age, attempt=number))
         for number, (name, age, _) in enumerate(ages)
     ]
     tables.runs(statuses, "runs")
     lines = printed(capsys)
-    assert lines[0] == "run  state  attempt  step  layout       updated"
+    assert lines[0] == "run  state  attempt  step  layout         updated"
     assert lines[1:] == [
         f"{name}    done         {number}   100  tp2 dp2 ep2  {ago + ' ago':>9}".rstrip()
         for number, (name, _, ago) in enumerate(ages)
