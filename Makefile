@@ -2,8 +2,9 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint wheel bench-moe-1b clean
+.PHONY: demo test lint wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
@@ -20,10 +21,11 @@ lint: $(VENV)/.ready
 
 # torch comes first and alone: where the machine offers a CPU build, nothing after it asks for another.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "setting up $(VENV): about two minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@DS_BUILD_OPS=0 $(PIP) --editable '.[dev]'
+	@touch $@
 
 wheel: $(VENV)/.ready
 	$(BIN)/python -m build --wheel
@@ -31,6 +33,11 @@ wheel: $(VENV)/.ready
 # On a machine of two GPUs. The figures of docs/benchmarks.md come from here.
 bench-moe-1b:
 	fivefold run moe_1b layout.tp=2 layout.ep=2 train.steps=50 checkpoint.interval=20 fault.kill_rank=1 fault.at_step=35
+
+# The versions of the present environment, which every set-up then takes.
+constraints: $(VENV)/.ready
+	{ echo "# Every package of a set-up that passed the whole test suite. Refresh: make constraints."; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -39,26 +39,17 @@ def compose(job: str, overrides: Sequence[str] = ()) -> JobSpec:
     Raises InputError (several at once where several values are wrong).
     """
     folder, name = _locate(job)
-    pairs = [_split(override) for override in overrides]
-    _check_keys(pairs, folder)
-    return validate(_hydra(folder, name, pairs))
+    groups, values = _parse(overrides, folder)
+    return validate(_with_values(_hydra(folder, name, groups), values))
 
 
 def amend(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
     """A saved spec with overrides: single values (`train.steps=200`) or a whole group (`cluster=h200_x8`)."""
     tree = spec.model_dump(mode="json")
-    pairs = [_split(override) for override in overrides]
-    _check_keys(pairs, CONF)
-    for key, value in pairs:
-        if key in GROUPS:
-            tree[key] = yaml.safe_load((CONF / key / f"{value}.yaml").read_text())
-            continue
-        node = tree
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = yaml.safe_load(value)
-    return validate(tree)
+    groups, values = _parse(overrides, CONF)
+    for group, choice in groups:
+        tree[group] = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
+    return validate(_with_values(tree, values))
 
 
 def validate(tree: dict[str, Any]) -> JobSpec:
@@ -97,7 +88,10 @@ def _locate(job: str) -> tuple[Path, str]:
     if job.endswith((".yaml", ".yml")) or "/" in job:
         path = Path(job).expanduser()
         if not path.is_file():
-            raise InputError("job", job, "no such file")
+            sibling = closest(path.name, (file.name for file in path.parent.glob("*.yaml")))
+            raise InputError("job", job, "no such file", sibling and path.parent / sibling)
+        if path.suffix != ".yaml":  # hydra would not find it
+            raise InputError("job", job, "is no name of a job file: it ends in .yaml", path.with_suffix(".yaml"))
         return path.parent.resolve(), path.name
     if job not in job_names():
         raise InputError(
@@ -107,6 +101,29 @@ def _locate(job: str) -> tuple[Path, str]:
             closest(job, job_names()),
         )
     return CONF, f"job/{job}"
+
+
+def _parse(overrides: Sequence[str], folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Choices of groups, and single values: in whatever order they are given, a value adjusts what its group says."""
+    pairs = [_split(override) for override in overrides]
+    _check_keys(pairs, folder)
+    return [pair for pair in pairs if pair[0] in GROUPS], [pair for pair in pairs if pair[0] not in GROUPS]
+
+
+def _with_values(tree: dict[str, Any], values: list[tuple[str, str]]) -> dict[str, Any]:
+    """The tree with single values set. They are YAML; what is none (`*.txt`, `[1`) is taken as text."""
+    for key, text in values:
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            node[leaf] = text
+    return tree
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -136,23 +153,27 @@ def _closest_key(key: str, known: list[str]) -> str | None:
     return same_leaf[0] if same_leaf else closest(key, known)
 
 
-def _hydra(folder: Path, name: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+def _hydra(folder: Path, name: str, groups: list[tuple[str, str]]) -> dict[str, Any]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    groups = [f"{key}={value}" for key, value in pairs if key in GROUPS]
-    values = [f"++{key}={value}" for key, value in pairs if key not in GROUPS]
-    search = [] if folder == CONF else [f"hydra.searchpath=[file://{CONF}]"]
+    source = str(name if folder == CONF else folder / name)
+    search = [] if folder == CONF else [f"hydra.searchpath=['file://{CONF}']"]
+    chosen = [f"{group}={choice}" for group, choice in groups]
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-            composed = hydra_compose(config_name=name, overrides=[*search, *groups, *values])
+            composed = hydra_compose(config_name=name, overrides=[*search, *chosen])
             tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{Path(mark.name).name} line {mark.line + 1}: " if mark else ""
+        raise InputError(source, None, f"is not YAML: {where}{error.problem}") from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(str(name if folder == CONF else folder / name), None, first_line) from None
+        raise InputError(source, None, first_line) from None
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
 
@@ -167,13 +188,15 @@ def _explain(error: ValidationError) -> Iterator[InputError]:
             yield InputError(path, None, "is missing")
         else:
             rule = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            yield InputError(
-                path, None if isinstance(value, dict | Spec) else value, rule, _bound(problem.get("ctx", {}))
-            )
+            shown = None if isinstance(value, dict | Spec) else value
+            yield InputError(path, shown, rule, _nearest(value, problem.get("ctx", {})))
 
 
-def _bound(context: dict[str, Any]) -> object:
-    for name in ("ge", "le", "expected"):
-        if name in context:
-            return context[name]
+def _nearest(value: object, context: dict[str, Any]) -> object:
+    """The valid value next to a wrong one, from the limits that pydantic says it broke."""
+    if "expected" in context:
+        choices = re.findall(r"'([^']+)'", context["expected"])
+        return closest(str(value), choices) or choices[0]
+    if "ge" in context:
+        return context["ge"]
     return context["gt"] + 1 if isinstance(context.get("gt"), int) else None

@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
-from jobs.errors import CombinedInputError, InputError
+from jobs.errors import CombinedInputError, InputError, closest
 from orchestrator.run_folder import RunFolder, find_run, runs
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 3, 2, 130
@@ -26,7 +26,16 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and carry out one command line. Returns the exit code; bad input is one message, never a traceback."""
-    as_json = "--json" in arguments
+    try:
+        code = _answer(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `fivefold logs RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    return code
+
+
+def _answer(arguments: Sequence[str]) -> int:
     try:
         options = parse(arguments)
         answer: Answer = options.verb(options)
@@ -38,11 +47,8 @@ def run(arguments: Sequence[str]) -> int:
         code = BAD_INPUT
     except KeyboardInterrupt:
         document, code = {"error": "interrupted"}, INTERRUPTED
-    except BrokenPipeError:  # `fivefold logs RUN | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    if as_json:
-        print(json.dumps(document, indent=2), flush=True)
+    if "--json" in arguments:
+        print(json.dumps(document, indent=2))
     return code
 
 
@@ -64,19 +70,36 @@ def _plan(options: argparse.Namespace) -> Answer:
     }, DONE
 
 
-def _run(options: argparse.Namespace) -> Answer:
-    from jobs import compose, corpus
-    from orchestrator.control import cluster, session
+def _resolved(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The job as it is to be run, and its planning."""
+    from jobs import compose
+    from orchestrator.control import session
     from parallel import planner
 
     job = compose.compose(options.job, options.overrides)
     planning = planner.plan_job(job)
     job = planner.resolve(job, planning.plans[0])
+    session.check_fault(job)
     _need_engines()
+    return job, planning
+
+
+def _run(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import session
+
+    job, planning = _resolved(options)
+    _check_here(job)
+    return _train(session.create(job, planning, options.run_root, "here"), job, options)
+
+
+def _check_here(job: Any) -> None:
+    """Refuse, before anything is created, what cannot be trained on this machine."""
+    from jobs import corpus
+    from orchestrator.control import cluster
+
     cluster.check_embedded(job.cluster)
     corpus.check(job.data)
     corpus.check_vocabulary(job.data, job.model.vocab)
-    return _train(session.create(job, planning, options.run_root, "here"), job, options)
 
 
 def _train(run: RunFolder, job: Any, options: argparse.Namespace) -> Answer:
@@ -88,14 +111,9 @@ def _train(run: RunFolder, job: Any, options: argparse.Namespace) -> Answer:
 
 
 def _submit(options: argparse.Namespace) -> Answer:
-    from jobs import compose
     from orchestrator.control import cluster, session
-    from parallel import planner
 
-    job = compose.compose(options.job, options.overrides)
-    planning = planner.plan_job(job)
-    job = planner.resolve(job, planning.plans[0])
-    _need_engines()
+    job, planning = _resolved(options)
     client = cluster.check_cluster(os.environ.get("RAY_ADDRESS"), job.cluster)
     run = session.create(job, planning, options.run_root, "cluster")
     return _submitted(run, session.submit(run, job, client), options)
@@ -119,7 +137,7 @@ def _resume(options: argparse.Namespace) -> Answer:
         client = cluster.check_cluster(os.environ.get("RAY_ADDRESS"), job.cluster)
         session.resume(run, job, options.overrides)
         return _submitted(run, session.submit(run, job, client), options)
-    cluster.check_embedded(job.cluster)
+    _check_here(job)
     session.resume(run, job, options.overrides)
     return _train(run, job, options)
 
@@ -127,7 +145,7 @@ def _resume(options: argparse.Namespace) -> Answer:
 def _control(options: argparse.Namespace) -> Answer:
     from orchestrator.control import session
 
-    facts = session.run_as_job(RunFolder(options.run))
+    facts = session.run_as_job(find_run(options.run_root, options.run))
     return facts, _EXIT_CODE[facts["state"]]
 
 
@@ -254,6 +272,13 @@ def _importable(util: Any, name: str) -> bool:
         return False
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
 def _error_record(error: InputError) -> dict[str, str | None]:
     value, nearest = error.value, error.nearest
     return {
@@ -264,7 +289,27 @@ def _error_record(error: InputError) -> dict[str, str | None]:
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError("command line", None, f"{message}; `{self.prog} --help` tells more")
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser, verbs = _parser()
+    given = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if given is not None and given not in verbs:
+        raise InputError("verb", given, f"is not one of {', '.join(verbs)}", closest(given, verbs))
+    options, rest = parser.parse_known_args(arguments)
+    stray = [argument for argument in rest if argument.startswith("-") or "overrides" not in options]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _parser() -> tuple[_Parser, list[str]]:
+    """The command line, and its verbs."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON document, last on stdout")
     common.add_argument(
@@ -273,21 +318,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="PLACE",
         help="folder of run folders, a path or an fsspec URL (default: $FIVEFOLD_RUN_ROOT or ./runs)",
     )
-    parser = argparse.ArgumentParser(prog="fivefold", description=__doc__)
+    parser = _Parser(prog="fivefold", description=__doc__)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def verb(name: str, function: Any, text: str, *positional: str, group: Any = verbs) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = group.add_parser(name, parents=[common], help=text, description=text)
         for argument in positional:
             if argument == "overrides":
-                added.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="layout.tp=2 cluster=h200_x8 ...")
+                text = "layout.tp=2 cluster=h200_x8 ..."
+                added.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=text)
             else:
                 added.add_argument(argument, metavar=argument.upper())
         added.set_defaults(verb=function)
         return added
 
     plan = verb("plan", _plan, "rank the layouts of a job; needs no GPU, no Ray, no torch", "job", "overrides")
-    plan.add_argument("--top", type=int, default=10, metavar="N", help="layouts shown (default: 10)")
+    plan.add_argument("--top", type=_count, default=10, metavar="N", help="layouts shown (default: 10)")
     verb("run", _run, "train here, in the foreground", "job", "overrides")
     verb("submit", _submit, "train on the Ray cluster at RAY_ADDRESS; prints the run id", "job", "overrides")
     verb("resume", _resume, "go on from the newest good checkpoint, at the same or another layout", "run", "overrides")
@@ -306,14 +352,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     verb("ls", _checkpoint_ls, "list them", "run", group=checkpoint)
     verb("verify", _checkpoint_verify, "read every byte and compare it with the manifest", "run", group=checkpoint)
     verb("control", _control, "control a submitted run; called by its Ray job", "run")
-
-    options, rest = parser.parse_known_args(arguments)
-    stray = [argument for argument in rest if argument.startswith("-") or "overrides" not in options]
-    if stray:
-        parser.error(f"unrecognized arguments: {' '.join(stray)}")
-    if rest:
-        options.overrides += rest
-    return options
+    return parser, list(verbs.choices)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.architecture import ModelArchitecture
-from jobs.errors import InputError, closest
+from jobs.errors import InputError
 from jobs.spec import LayoutSpec
 from orchestrator.messages import StepReport
 from orchestrator.run_folder import RunFolder
@@ -28,7 +28,7 @@ class FileEntry(BaseModel):
 class CheckpointManifest(BaseModel):
     """What a checkpoint is and how to tell that it is whole."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # reports may hold NaN
 
     format: int = FORMAT
     run_id: str
@@ -67,10 +67,11 @@ def read(run: RunFolder, step: int) -> CheckpointManifest:
     name = f"{folder_name(step)}/manifest.json"
     record = run.read_json(name)
     if record is None:
-        written = [str(other) for other in steps(run)]
-        raise InputError("checkpoint", step, f"{run.run_id} has no such checkpoint", closest(str(step), written))
-    if record.get("format") != FORMAT:
-        rule = f"is of checkpoint format {record.get('format')}; this version reads format {FORMAT}"
+        nearest = min(steps(run), key=lambda other: abs(other - step), default=None)
+        raise InputError("checkpoint", step, f"{run.run_id} has no such checkpoint", nearest)
+    written = record.get("format") if isinstance(record, dict) else None
+    if written != FORMAT:
+        rule = f"is of checkpoint format {written}; this version reads format {FORMAT}"
         raise InputError(run.path(name), None, rule)
     try:
         return CheckpointManifest.model_validate(record)

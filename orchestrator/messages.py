@@ -11,13 +11,14 @@ from jobs.spec import JobSpec
 
 PACKET_BYTES = 1 << 20
 """Room for one message between the processes of a node."""
-
 LEFT_ON_REQUEST = 75
 """Exit code of a rank that wrote a checkpoint and left because it was asked to (EX_TEMPFAIL)."""
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """Its JSON writes NaN and Infinity by name: a loss that has diverged must arrive as what it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class RankLaunch(Message):

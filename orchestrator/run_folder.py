@@ -6,6 +6,7 @@ in it is not remembered.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jobs.errors import InputError, closest
 
@@ -61,18 +62,21 @@ class RunFolder:
 
     def read(self, name: str) -> bytes:
         """Content of a file, with lines that `append` holds back; FileNotFoundError where there is none."""
-        if name in self._appended:
-            return self._appended[name].content
+        held = self._appended.get(name)
+        if held is not None and held.dirty:
+            return held.content
         content = self._files.cat_file(self.path(name))
         assert isinstance(content, bytes)
         return content
 
     def read_json(self, name: str) -> Any:
-        """Parsed content, or None where there is no such file."""
+        """Parsed content, or None where there is no such file; InputError where it is not JSON."""
         try:
             return json.loads(self.read(name))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise InputError(self.path(name), None, f"is not JSON: {error}") from None
 
     def read_lines(self, name: str) -> Iterator[dict[str, Any]]:
         """Records of a .jsonl file; a last line that a crash cut short is left out."""
@@ -80,9 +84,11 @@ class RunFolder:
             lines = self.read(name).split(b"\n")[:-1]
         except FileNotFoundError:
             return
-        for line in lines:
-            if line:
+        for number, line in enumerate(lines, 1):
+            try:
                 yield json.loads(line)
+            except ValueError as error:
+                raise InputError(self.path(name), None, f"line {number} is not JSON: {error}") from None
 
     def write(self, name: str, content: bytes) -> None:
         """Whole or not at all: by rename on a disk, by one put on an object store."""
@@ -102,12 +108,16 @@ class RunFolder:
         self.write(name, json.dumps(record, indent=2).encode() + b"\n")
 
     def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
-        """Add lines to a .jsonl file. Object stores cannot append: there it is rewritten, at most every two seconds."""
+        """Add lines to a .jsonl file, after its last whole one.
+
+        Object stores cannot append: there the file is rewritten, at most every two seconds.
+        """
         lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
         if not lines:
             return
         if self.local is not None:
-            with open(self.path(name), "ab") as file:
+            with open(self.path(name), "a+b") as file:
+                _drop_cut_line(file)
                 file.write(lines)
             return
         if name not in self._appended:
@@ -153,6 +163,16 @@ class RunFolder:
             self._files.rm(self.path(name), recursive=True)
 
 
+def _drop_cut_line(file: IO[bytes]) -> None:
+    """Remove what a crash left of a last line, or the next line would be glued to it and neither could be read."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
 class _Rewritten:
     def __init__(self, content: bytes) -> None:
         self.content, self.written_at, self.dirty = content, float("-inf"), False
@@ -161,9 +181,19 @@ class _Rewritten:
 def runs(root: str) -> list[RunFolder]:
     """Runs under a run root, the newest first."""
     folder = RunFolder(root)
-    found = [RunFolder(f"{folder.place}/{name}") for name in folder.names("") if RUN_ID.fullmatch(name)]
-    known = [(run.read_json("status.json") or {}, run) for run in found if run.exists()]
+    with _readable(root):
+        found = [RunFolder(f"{folder.place}/{name}") for name in folder.names("") if RUN_ID.fullmatch(name)]
+        known = [(run.read_json("status.json") or {}, run) for run in found if run.exists()]
     return [run for _, run in sorted(known, key=lambda pair: pair[0].get("created_at", 0.0), reverse=True)]
+
+
+@contextlib.contextmanager
+def _readable(place: str) -> Iterator[None]:
+    """Say so where a folder may not be read, or an object store does not answer."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError("run root", place, f"cannot be read: {error.strerror or error}") from None
 
 
 def find_run(root: str, run: str) -> RunFolder:
@@ -176,8 +206,10 @@ def find_run(root: str, run: str) -> RunFolder:
     by_place = "/" in run
     if not by_place and not RUN_ID.fullmatch(run):
         raise InputError("run", run, "is not a run id (lower-case letters, digits, '-' and '_'), nor a folder")
-    folder = RunFolder(run if by_place else f"{root}/{run}")
-    if not folder.exists():
+    folder = RunFolder(run if by_place else f"{root.rstrip('/')}/{run}")
+    with _readable(folder.place):
+        found = folder.exists()
+    if not found:
         others = [] if by_place else [other.run_id for other in runs(root)]
         where = folder.place if by_place else root
         raise InputError("run", run, f"there is no such run under {where}", closest(run, others))

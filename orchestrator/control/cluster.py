@@ -238,8 +238,8 @@ def _cluster_nodes(client: Any) -> list[dict[str, float]]:
 
 def _check_answers(address: str) -> None:
     """Connect to host:port once: Ray itself would retry a wrong address for minutes."""
-    parsed = urlparse(address if "://" in address else f"ray://{address}")
     try:
+        parsed = urlparse(address if "://" in address else f"ray://{address}")
         port = parsed.port or (443 if parsed.scheme == "https" else 80)
         if not parsed.hostname:
             raise ValueError("no host name in it")

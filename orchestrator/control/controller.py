@@ -9,7 +9,7 @@ from jobs import corpus
 from jobs.errors import InputError
 from jobs.spec import JobSpec
 from orchestrator import manifests
-from orchestrator.control.policies import Failure, after_failure
+from orchestrator.control.policies import Failure, after_failure, blamed
 from orchestrator.control.record import RunRecord
 from orchestrator.messages import LEFT_ON_REQUEST, Decision, Event, RankLaunch, Report, StepReport, Stop
 from orchestrator.run_folder import RunFolder
@@ -96,6 +96,7 @@ class Controller:
         self._machines.request()
         deadline = time.monotonic() + policy.start_timeout_seconds
         while not self._machines.granted(_POLL_SECONDS):
+            self._record.confirm()
             if time.monotonic() > deadline:
                 return Stop(state="failed", reason=f"no devices within {policy.start_timeout_seconds:.0f} s")
             if stop := self._stopped():
@@ -127,7 +128,7 @@ class Controller:
         asked_at: float | None = None
         while len(exited) < self._layout.world:
             for report in self._machines.poll(_POLL_SECONDS):
-                failure = self._observe(report, exited) or failure
+                failure = blamed(failure, self._observe(report, exited))
             self._record.confirm()
             stop = self._stopped()
             if failure and not stop:
@@ -205,24 +206,27 @@ class Controller:
         if event.kind in ("node_lost", "zygote_lost"):
             return Failure("node_lost", event.message, step)
         if event.kind == "rank_exited" and event.data["code"] not in (0, LEFT_ON_REQUEST):
-            return Failure("rank_died", event.message, step)
+            return Failure("rank_died" if event.data["code"] < 0 else "rank_exited", event.message, step)
         return None
 
     def _recover(self, failure: Failure) -> Decision:
-        """End a broken attempt. When one rank dies its peers fail too: a death is blamed before what it led to."""
+        """End a broken attempt, once what is to blame for it has had time to be told."""
         record, now = self._record, time.time()
         record.ledger.switch("detect", now)
         exited: dict[int, int] = {}
         deadline = time.monotonic() + _BLAME_SECONDS
-        while failure.kind == "rank_failed" and time.monotonic() < deadline:
+        while failure.kind in ("rank_failed", "rank_exited") and time.monotonic() < deadline:
             for report in self._machines.poll(_BLAME_SECONDS):
-                other = self._observe(report, exited)
-                if other and (other.kind in ("node_lost", "input_error") or _was_signalled(report)):
-                    failure = other
+                failure = blamed(failure, self._observe(report, exited)) or failure
         text = f"step {failure.step}: {failure.reason}"
         self._tell("attempt_failed", text, step=failure.step, failure=failure.kind)
         record.ledger.switch("restart", time.time())
         self._machines.kill_ranks()
+        # A node that is gone is known to be once it was asked for something; ranks now die because they are killed.
+        for report in self._machines.poll(_BLAME_SECONDS):
+            other = self._observe(report, exited)
+            if other and other.kind in ("input_error", "node_lost"):
+                failure = blamed(failure, other) or failure
         self._failures.append(failure)
         return after_failure(self._failures, self._job.policy)
 
@@ -241,10 +245,6 @@ class Controller:
 
     def _tell(self, kind: str, message: str, **data: Any) -> None:
         self._record.event(Event(kind=kind, message=message, data=data))
-
-
-def _was_signalled(report: Report) -> bool:
-    return isinstance(report, Event) and report.kind == "rank_exited" and report.data["code"] < 0
 
 
 def cancel(run: RunFolder) -> None:

@@ -17,12 +17,13 @@ _LOOK_SECONDS = 0.3
 def log_file(run: RunFolder, rank: int | None) -> str:
     """Name of a rank's newest log in the run folder; rank 0's where none is asked for."""
     wanted = 0 if rank is None else rank
-    for attempt in sorted(run.names("logs"), key=lambda name: int(name.rsplit("-", 1)[-1]), reverse=True):
-        if f"rank-{wanted}.log" in run.names(f"logs/{attempt}"):
-            return f"logs/{attempt}/rank-{wanted}.log"
+    attempts = [int(name[8:]) for name in run.names("logs") if name.startswith("attempt-") and name[8:].isdigit()]
+    for attempt in sorted(attempts, reverse=True):
+        if f"rank-{wanted}.log" in run.names(f"logs/attempt-{attempt}"):
+            return f"logs/attempt-{attempt}/rank-{wanted}.log"
     world = status_of(run)["world"]
-    if wanted >= world:
-        raise InputError("--rank", wanted, f"{run.run_id} has ranks 0..{world - 1}", world - 1)
+    if not 0 <= wanted < world:
+        raise InputError("--rank", wanted, f"{run.run_id} has ranks 0..{world - 1}", min(max(wanted, 0), world - 1))
     return f"logs/attempt-1/rank-{wanted}.log"
 
 

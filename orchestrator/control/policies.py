@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from jobs.spec import PolicySpec
 from orchestrator.messages import Decision, Restart, Stop
+
+Kind = Literal["input_error", "node_lost", "rank_died", "rank_failed", "rank_exited"]
+"""What is to blame comes before what it leads to: when a rank dies its peers fail too, and who fails then exits."""
 
 
 @dataclass(frozen=True)
 class Failure:
     """Why an attempt ended before its last step."""
 
-    kind: Literal["rank_died", "rank_failed", "node_lost", "input_error"]
+    kind: Kind
     reason: str
     step: int
     """Last step that every rank had finished."""
+
+
+def blamed(one: Failure | None, other: Failure | None) -> Failure | None:
+    """Which of two failures of an attempt led to the other; of equals the first."""
+    found = [failure for failure in (one, other) if failure is not None]
+    return min(found, key=lambda failure: get_args(Kind).index(failure.kind), default=None)
 
 
 def after_failure(failures: list[Failure], policy: PolicySpec) -> Decision:

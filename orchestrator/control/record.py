@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from jobs.errors import InputError
 from orchestrator.control.ledger import Ledger
 from orchestrator.messages import LEFT_ON_REQUEST, Event, StepReport
 from orchestrator.run_folder import RunFolder
@@ -93,9 +94,7 @@ class RunRecord:
             rank["pid"] = event.data["pid"]
         elif rank is not None and event.kind == "rank_exited":
             code = event.data["code"]
-            rank["state"] = (
-                "killed" if code < 0 else "done" if code == 0 else "left" if code == LEFT_ON_REQUEST else "failed"
-            )
+            rank["state"] = "killed" if code < 0 else {0: "done", LEFT_ON_REQUEST: "left"}.get(code, "failed")
         elif event.kind == "training_started":
             self._status["step"] = event.data["start_step"]
         for listener in self._listeners:
@@ -182,7 +181,9 @@ def _keeps_going(record: RunRecord) -> Any:
 
 def status_of(run: RunFolder) -> dict[str, Any]:
     """status.json, with `state` `orphaned` where its controller has died: the run waits for `resume`."""
-    status: dict[str, Any] = run.read_json("status.json") or {}
+    status: dict[str, Any] | None = run.read_json("status.json")
+    if status is None:
+        raise InputError(run.path("status.json"), None, "is missing: the run folder is not whole")
     if status.get("state") in LIVE and not _alive(status):
         status |= {"state": "orphaned", "reason": "its controller died"}
     return status

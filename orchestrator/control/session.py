@@ -33,7 +33,7 @@ _DECIDED_AT_START = ("name", "engine", "model", "data", "train.sequence_length",
 
 def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["here", "cluster"]) -> RunFolder:
     """A new run folder, whole or not at all, with the job as it is to be run."""
-    run = RunFolder(f"{root}/{new_run_id(job.name)}")
+    run = RunFolder(f"{root.rstrip('/')}/{new_run_id(job.name)}")
     try:
         run.write_json("plan.json", planning.plans[0].as_dict())
         _write_status(run, job, where)
@@ -57,8 +57,9 @@ def run_as_job(run: RunFolder) -> dict[str, Any]:
 
 def submit(run: RunFolder, job: JobSpec, client: Any) -> str:
     """Hand a created run to a Ray cluster. Returns the Ray job's submission id."""
-    attempt = (run.read_json("status.json") or {}).get("attempt", 0)
-    submission = run.run_id if attempt == 0 else f"{run.run_id}-{attempt}"
+    # Ray takes an id once. A session may end before its first attempt, so it is resumptions that are counted.
+    resumptions = sum(event["kind"] == "resumed" for event in run.read_lines("events.jsonl"))
+    submission = f"{run.run_id}-{resumptions}" if resumptions else run.run_id
     # The cluster's own `fivefold` comes first; this machine's is found where it is one of the nodes.
     here = shlex.quote(str(Path(sys.executable).parent))
     client.submit_job(
@@ -100,14 +101,28 @@ def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
         job = planner.resolve(job, planner.plan_job(job).plans[0])
     else:
         planner.plan_job(job)  # the saved layout must still be one that runs
+    if any(key.startswith("fault") for key in keys):  # one that has happened may stand at any layout
+        check_fault(job)
     newest, steps = next(iter(manifests.steps(run)), 0), job.train.steps
-    # A run that is not done may have all its steps: trained by ranks that outlived their controller, still to be told.
-    if newest > steps or (newest == steps and status_of(run)["state"] == "done"):
-        rule = f"{newest} steps of {run.run_id} are trained"
+    # One that is not done may have all its steps, trained by ranks that outlived their controller and still to be told.
+    if newest >= steps and (steps != saved.train.steps or status_of(run)["state"] == "done"):
+        rule = f"all {newest} steps of {run.run_id} are trained"
         raise InputError("train.steps", steps, rule, f"train.steps={2 * newest}")
     if newest:  # older ones may go while ranks of a dead controller are still saving
         manifests.check_model(manifests.read(run, newest), job.model, run.place)
     return job
+
+
+def check_fault(job: JobSpec) -> None:
+    """Refuse an injected fault that would never happen."""
+    fault, layout = job.fault, Layout.of(job.layout)
+    if fault.kill_rank is None:
+        return
+    if fault.kill_rank >= layout.world:
+        rule = f"layout {layout.label} has ranks 0..{layout.world - 1}"
+        raise InputError("fault.kill_rank", fault.kill_rank, rule, layout.world - 1)
+    if fault.at_step > job.train.steps:
+        raise InputError("fault.at_step", fault.at_step, f"exceeds train.steps={job.train.steps}", job.train.steps)
 
 
 def resume(run: RunFolder, job: JobSpec, overrides: Sequence[str]) -> None:
@@ -206,6 +221,7 @@ def _write_status(run: RunFolder, job: JobSpec, where: str) -> None:
         {
             "run_id": run.run_id,
             "state": "queued",
+            "reason": None,
             "created_at": time.time(),
             "updated_at": time.time(),
             "attempt": 0,

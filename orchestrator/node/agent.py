@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ class NodeAgent:
         self._zygote.send(json.dumps({"kind": "signal", "signal": int(number)}).encode())
 
     def _read_zygote(self, source: socket.socket) -> None:
-        while packet := source.recv(PACKET_BYTES):
+        for packet in _packets(source):
             message = json.loads(packet)
             rank, pid = message["rank"], message["pid"]
             with self._changed:
@@ -149,7 +150,7 @@ class NodeAgent:
         self._reports.put(Event(kind="zygote_lost", message=f"the zygote on {self._node} died", node=self._node))
 
     def _read_ranks(self, source: socket.socket) -> None:
-        while packet := source.recv(PACKET_BYTES):
+        for packet in _packets(source):
             report = parse_report(packet)
             if isinstance(report, Event):
                 report = report.model_copy(update={"node": self._node})
@@ -169,6 +170,13 @@ class NodeAgent:
                 uploaded[name] = size
 
 
+def _packets(source: socket.socket) -> Iterator[bytes]:
+    """What arrives, until the other end is gone; reset where it left something unread."""
+    with contextlib.suppress(ConnectionResetError):
+        while packet := source.recv(PACKET_BYTES):
+            yield packet
+
+
 def log_name(attempt: int, rank: int) -> str:
     return f"logs/attempt-{attempt}/rank-{rank}.log"
 
@@ -185,7 +193,7 @@ def _lifecycle(message: dict[str, Any], node: str) -> Event:
 
 
 def _wait_until_free(lock: Path, deadline: float) -> None:
-    with lock.open("r+") as file:
+    with contextlib.suppress(FileNotFoundError), lock.open("r+") as file:  # another agent of ours may have removed it
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -61,7 +61,10 @@ class Zygote:
                     self._reap(int(key.fd))
 
     def _obey(self) -> bool:
-        packet, descriptors, _, _ = socket.recv_fds(self._control, PACKET_BYTES, 1)
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(self._control, PACKET_BYTES, 1)
+        except ConnectionResetError:  # gone, with something of ours unread
+            return False
         if not packet:
             return False
         message = json.loads(packet)
@@ -113,11 +116,10 @@ class Zygote:
         os.close(watch)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         self._any_died |= code not in (0, LEFT_ON_REQUEST)
-        with contextlib.suppress(OSError):
-            _send(
-                self._control,
-                {"kind": "exited", "rank": launch.rank, "attempt": launch.attempt, "pid": pid, "code": code},
-            )
+        _send(
+            self._control,
+            {"kind": "exited", "rank": launch.rank, "attempt": launch.attempt, "pid": pid, "code": code},
+        )
 
     def _signal(self, number: int) -> None:
         for watch in self._ranks:
@@ -139,7 +141,9 @@ class Zygote:
 
 
 def _send(control: socket.socket, message: dict[str, Any]) -> None:
-    control.send(json.dumps(message).encode())
+    """Tell the agent; that it is gone is for `_obey` to notice, which then lets the ranks save what they have."""
+    with contextlib.suppress(OSError):
+        control.send(json.dumps(message).encode())
 
 
 if __name__ == "__main__":

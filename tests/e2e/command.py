@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,10 @@ class Fivefold:
                     command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                     if command:
                         yield int(process.name), command
+
+
+Opened = Callable[..., AbstractContextManager[Fivefold]]
+"""`opened(root, **environment)`: a `Fivefold` for a while."""
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str, started: Started | None = None) -> Any:

@@ -3,19 +3,17 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command import JOB, Answer, Fivefold, metrics, numbers
+from command import JOB, Answer, Fivefold, Opened, metrics, numbers
 
 from orchestrator.run_folder import RunFolder
 
 RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Processes of Ray's that try to tell a dead cluster of its death for half a minute when its driver was killed."""
-
-Opened = Callable[..., AbstractContextManager[Fivefold]]
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import fsspec
 import pytest
-from command import INTERVAL, JOB, STEPS, Fivefold, assert_same_curve, kinds
+from command import INTERVAL, JOB, STEPS, Fivefold, Opened, assert_same_curve, kinds
 from command import seconds_to_next_step as recovery
-from conftest import Opened
 from moto.server import ThreadedMotoServer
 
 from orchestrator.run_folder import RunFolder

@@ -13,9 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from command import JOB, STEPS, Fivefold, assert_same_curve, kill_rank, kinds, metrics, reached, until
+from command import JOB, STEPS, Fivefold, Opened, assert_same_curve, kill_rank, kinds, metrics, reached, until
 from command import seconds_to_next_step as recovery
-from conftest import Opened
 
 TWO_NODES = ("cluster.nodes=2", "cluster.devices_per_node=2")
 

@@ -13,23 +13,12 @@ from typing import Any
 import jsonschema
 import yaml
 
+from orchestrator import cli
+
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 FILES = sorted(file for file in INFRA.iterdir() if file.is_file())
-VERBS = {
-    "plan",
-    "run",
-    "submit",
-    "list",
-    "status",
-    "logs",
-    "events",
-    "cancel",
-    "resume",
-    "schema",
-    "doctor",
-    "checkpoint",
-}
+VERBS = set(cli._parser()[1])
 RAY = next(
     requirement.partition("==")[2]
     for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["train"]

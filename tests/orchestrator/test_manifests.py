@@ -1,0 +1,168 @@
+"""Checkpoints in a run folder: which are there, what is wrong with them, which are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from runs import job, make_checkpoint, make_run, step_report
+
+from jobs.architecture import ModelArchitecture
+from jobs.errors import InputError
+from orchestrator import manifests
+from orchestrator.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(root: str) -> RunFolder:
+    return make_run(f"{root}/quick-1")
+
+
+def test_steps_are_those_with_a_manifest_newest_first(run: RunFolder) -> None:
+    assert manifests.steps(run) == []
+    for step in (5, 100, 20):
+        make_checkpoint(run, step)
+    run.write("checkpoints/step-00000200/model/part-0.bin", b"half written")
+    run.write("checkpoints/step-later/manifest.json", b"{}")
+    run.write("checkpoints/notes.txt", b"")
+    assert manifests.steps(run) == [100, 20, 5]
+
+
+def test_a_manifest_is_read_as_it_was_written(run: RunFolder) -> None:
+    written = make_checkpoint(run, 20)
+    assert manifests.read(run, 20) == written
+    assert written.size_bytes == 2048 + len("step 20")
+
+
+def test_a_manifest_keeps_a_loss_that_has_diverged(run: RunFolder) -> None:
+    make_checkpoint(run, 20, reports=(step_report(20, loss=math.nan, grad_norm=math.inf),))
+    (report,) = manifests.read(run, 20).reports
+    assert math.isnan(report.loss)
+    assert report.grad_norm == math.inf
+
+
+def test_a_checkpoint_that_is_not_there_names_the_nearest(run: RunFolder) -> None:
+    with pytest.raises(InputError) as caught:
+        manifests.read(run, 7)
+    assert (caught.value.path, caught.value.value, caught.value.nearest) == ("checkpoint", 7, None)
+    for step in (5, 100):
+        make_checkpoint(run, step)
+    with pytest.raises(InputError) as caught:
+        manifests.read(run, 7)
+    assert caught.value.nearest == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda record: record | {"format": 2}, "is of checkpoint format 2; this version reads format 1"),
+        (lambda record: [], "is of checkpoint format None; this version reads format 1"),
+        (lambda record: record | {"mystery": 1}, "is not a manifest: Extra inputs are not permitted"),
+        (lambda record: record | {"step": "x"}, "is not a manifest: Input should be a valid integer"),
+    ],
+)
+def test_a_manifest_that_cannot_be_understood(run: RunFolder, change: Callable[[Any], Any], said: str) -> None:
+    make_checkpoint(run, 20)
+    name = "checkpoints/step-00000020/manifest.json"
+    run.write(name, json.dumps(change(run.read_json(name))).encode())
+    with pytest.raises(InputError) as caught:
+        manifests.read(run, 20)
+    assert str(caught.value).startswith(f"{run.path(name)}: {said}")
+
+
+def test_a_manifest_cut_short_is_no_json(run: RunFolder) -> None:
+    make_checkpoint(run, 20)
+    name = "checkpoints/step-00000020/manifest.json"
+    run.write(name, run.read(name)[:100])
+    with pytest.raises(InputError, match="is not JSON"):
+        manifests.read(run, 20)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_every_difference(run: RunFolder) -> None:
+    manifest = make_checkpoint(run, 20)
+    manifests.check_model(manifest, job("model.name=renamed").model, run.place)
+    with pytest.raises(InputError) as caught:
+        manifests.check_model(manifest, job("model.layers=8", "model.experts=8").model, run.place)
+    assert caught.value.path == f"{run.place}/checkpoints/step-00000020"
+    assert caught.value.rule == "is a checkpoint of another model: layers 4 there, 8 here, experts 4 there, 8 here"
+
+
+def test_every_field_of_a_model_but_its_name_is_compared(run: RunFolder) -> None:
+    manifest = make_checkpoint(run, 20)
+    for field, value in manifest.model.model_dump().items():
+        if field == "name":
+            continue
+        changed: Any = not value if isinstance(value, bool) else "sigmoid" if isinstance(value, str) else value + 1
+        other = ModelArchitecture.model_construct(**(manifest.model.model_dump() | {field: changed}))
+        with pytest.raises(InputError, match=f"another model: {field} "):
+            manifests.check_model(manifest, other, run.place)
+
+
+# Damage.
+
+
+def damages(run: RunFolder, step: int) -> list[str]:
+    entries = manifests.read(run, step).files
+    return [text for entry in entries if (text := manifests.damage(run, step, entry))]
+
+
+def test_a_whole_checkpoint_has_no_damage(run: RunFolder) -> None:
+    make_checkpoint(run, 20)
+    assert damages(run, 20) == []
+
+
+@pytest.mark.parametrize("at", [0, 1000, 2047])
+def test_one_flipped_bit_is_found(run: RunFolder, at: int) -> None:
+    make_checkpoint(run, 20)
+    name = "checkpoints/step-00000020/model/part-0.bin"
+    content = bytearray(run.read(name))
+    content[at] ^= 1
+    run.write(name, bytes(content))
+    (text,) = damages(run, 20)
+    assert text.startswith(f"{name} has SHA-256 ")
+    assert text.endswith("was written")
+
+
+def test_a_file_cut_short_or_grown_is_found_by_its_size(run: RunFolder) -> None:
+    make_checkpoint(run, 20)
+    name = "checkpoints/step-00000020/model/part-0.bin"
+    content = run.read(name)
+    for changed in (content[:-1], content + b"\0", b""):
+        run.write(name, changed)
+        assert damages(run, 20) == [f"{name} has {len(changed)} bytes, 2048 were written"]
+
+
+def test_a_deleted_file_is_found(run: RunFolder) -> None:
+    make_checkpoint(run, 20)
+    run.remove("checkpoints/step-00000020/common.pt")
+    assert damages(run, 20) == ["checkpoints/step-00000020/common.pt is missing"]
+
+
+def test_a_digest_reads_files_longer_than_its_chunk(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(run, 20)
+    monkeypatch.setattr(manifests, "_CHUNK_BYTES", 1000)
+    assert damages(run, 20) == []
+
+
+# Pruning.
+
+
+def test_pruning_keeps_the_newest(run: RunFolder) -> None:
+    for step in (20, 40, 60, 80):
+        make_checkpoint(run, step)
+    assert manifests.prune(run, keep=4) == []
+    assert manifests.prune(run, keep=2) == [40, 20]
+    assert run.names("checkpoints") == ["step-00000060", "step-00000080"]
+    assert damages(run, 80) == []
+
+
+def test_the_manifest_is_removed_first(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (20, 40):
+        make_checkpoint(run, step)
+    removed = []
+    monkeypatch.setattr(RunFolder, "remove", lambda self, name: removed.append(name))
+    manifests.prune(run, keep=1)
+    assert removed == ["checkpoints/step-00000020/manifest.json", "checkpoints/step-00000020"]
