@@ -467,7 +467,7 @@ def test_a_live_run_cannot_be_resumed(fivefold: Fivefold, run: RunFolder, state:
         (["train.global_batch=32"], "train.global_batch", None),
         (["engine=deepspeed"], "engine", None),
         (["name=other"], "name", None),
-        (["train.steps=40"], "train.steps", "train.steps=80"),
+        (["train.steps=30"], "train.steps", "train.steps=80"),
         (["train.steps=0"], "train.steps", 1),
         (["layout.tp=3"], "layout.tp", "tp=2"),
         (["layout.pt=2"], "layout.pt", "layout.tp"),
@@ -488,9 +488,10 @@ def test_a_resumption_that_is_refused_leaves_the_run_untouched(
 
 def test_a_finished_run_cannot_be_resumed(fivefold: Fivefold, run: RunFolder, run_root: Path) -> None:
     make_checkpoint(run, 100)
+    change_json(run, "status.json", state="done")
     before = contents(run_root)
     said = refused(fivefold("resume", "quick-1"), "train.steps", "train.steps=200")
-    assert "all 100 steps of quick-1 are trained" in said
+    assert "100 steps of quick-1 are trained" in said
     assert contents(run_root) == before
 
 
@@ -559,10 +560,11 @@ def test_help_lists_every_verb() -> None:
     assert verbs | {"checkpoint", "control"} <= described
 
 
-def test_a_reader_that_has_had_enough_ends_nothing_in_anger(run: RunFolder, run_root: Path) -> None:
+@pytest.mark.parametrize("verb", ["events", "logs"])
+def test_a_reader_that_has_had_enough_ends_nothing_in_anger(run: RunFolder, run_root: Path, verb: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    arguments = [sys.executable, "-m", "orchestrator.cli", "events", "quick-1", "--run-root", str(run_root)]
+    arguments = [sys.executable, "-m", "orchestrator.cli", verb, "quick-1", "--run-root", str(run_root)]
     ended = subprocess.run(arguments, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, "")

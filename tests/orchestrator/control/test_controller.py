@@ -192,11 +192,19 @@ def test_ranks_go_to_the_nodes_of_their_block(stage: SetUp) -> None:
 
 
 def test_a_resumed_run_starts_from_its_checkpoints_and_tells_what_nobody_heard(stage: SetUp) -> None:
-    play = stage(started(start_step=2) + all_exited())
+    play = stage(started(start_step=2) + trained(3) + all_exited(), spec=job("train.steps=3"))
     for step in (1, 2):
         make_checkpoint(play.run, step)
     play.play()
     assert play.machines.launched[0][0].checkpoint_steps == (2, 1)
+    assert play.trained == [(1, 1), (1, 2), (1, 3)]
+
+
+def test_a_run_whose_ranks_trained_it_to_its_end_unheard_is_done(stage: SetUp) -> None:
+    play = stage()
+    make_checkpoint(play.run, 2, reports=(step_report(1), step_report(2)))
+    assert play.play() == Stop(state="done", reason="trained 2 steps")
+    assert "launch" not in play.machines.calls
     assert play.trained == [(1, 1), (1, 2)]
 
 
