@@ -39,7 +39,8 @@ class RunFolder:
         place = place.removeprefix("file://")
         self.place = place.rstrip("/") if is_url(place) else str(Path(place).expanduser().resolve())
         try:
-            self._files, self._root = url_to_fs(self.place)
+            # Other processes write here too: what a listing showed once says nothing of what is there now.
+            self._files, self._root = url_to_fs(self.place, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise InputError("run root", place, f"cannot be opened: {error}") from None
         self._appended: dict[str, _Rewritten] = {}
@@ -60,7 +61,9 @@ class RunFolder:
         return bool(self._files.exists(self.path(name)))
 
     def read(self, name: str) -> bytes:
-        """Content of a file; FileNotFoundError where there is none."""
+        """Content of a file, with lines that `append` holds back; FileNotFoundError where there is none."""
+        if name in self._appended:
+            return self._appended[name].content
         content = self._files.cat_file(self.path(name))
         assert isinstance(content, bytes)
         return content
@@ -131,7 +134,6 @@ class RunFolder:
 
     def names(self, folder: str) -> list[str]:
         """Names directly under a folder of the run, sorted; none where it does not exist."""
-        self._files.invalidate_cache()
         try:
             found = self._files.ls(self.path(folder), detail=False)
         except FileNotFoundError:
@@ -189,8 +191,11 @@ def _readable(place: str) -> Iterator[None]:
     """Say so where a folder may not be read, or an object store does not answer."""
     try:
         yield
-    except OSError as error:
-        raise InputError("run root", place, f"cannot be read: {error.strerror or error}") from None
+    except InputError:
+        raise
+    except Exception as error:  # a filesystem's library raises what it likes
+        rule = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise InputError("run root", place, rule) from None
 
 
 def find_run(root: str, run: str) -> RunFolder:

@@ -88,7 +88,7 @@ class Controller:
         return outcome
 
     def _acquire(self) -> Stop | None:
-        """Wait for all nodes of the job and warm their zygotes; None once they are ready."""
+        """Wait for all nodes of the job and warm their zygotes; None once they are ready to train what is left."""
         spec, policy = self._job.cluster, self._job.policy
         self._record.set_state("queued")
         self._record.ledger.switch("queue", time.time())
@@ -109,9 +109,15 @@ class Controller:
             if stop := self._stopped():
                 return stop
         self._tell("nodes_ready", f"{', '.join(self._machines.nodes)} ready in {time.monotonic() - began:.1f} s")
-        # With their agent lost, ranks train to the end of a step and save it before they leave.
-        for step in reversed(manifests.steps(self._record.run)):
-            self._record.catch_up(manifests.read(self._record.run, step).reports)
+        return self._catch_up()
+
+    def _catch_up(self) -> Stop | None:
+        """Tell of the steps that ranks trained and saved with their agent lost. They may be all that were left."""
+        saved = [manifests.read(self._record.run, step) for step in reversed(manifests.steps(self._record.run))]
+        for manifest in saved:
+            self._record.catch_up(manifest.reports)
+        if saved and saved[-1].step == self._job.train.steps:
+            return Stop(state="done", reason=f"trained {saved[-1].step} steps")
         return None
 
     def _attempt(self) -> Decision:

@@ -26,11 +26,17 @@ _TOLD = {
 _LOUD = {"checkpoint_damaged", "fault_injected", "attempt_failed"}
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would exit with 1; what to do when a reader has had enough (`... | head`) is the command line's."""
+        raise BrokenPipeError
+
+
 class Display:
     """Listens to a run and prints it. On a terminal a progress bar with the time left stands below the lines."""
 
     def __init__(self, file: IO[str] | None = None) -> None:
-        self._console = Console(file=file, highlight=False)
+        self._console = _Console(file=file, highlight=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._header_due = True

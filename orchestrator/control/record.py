@@ -125,6 +125,7 @@ class RunRecord:
         known = {(line["attempt"], line["step"]) for line in self.run.read_lines("metrics.jsonl")}
         unheard = [report for report in reports if (report.attempt, report.step) not in known]
         self.run.append("metrics.jsonl", [self._line([report]) for report in unheard])
+        self._status["step"] = max([self.step, *(report.step for report in unheard)])
 
     def _line(self, reports: Sequence[StepReport]) -> dict[str, Any]:
         """A line of metrics.jsonl from all ranks' reports of one step."""

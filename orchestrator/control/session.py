@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import signal
 import sys
@@ -37,8 +38,9 @@ def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["
         run.write_json("plan.json", planning.plans[0].as_dict())
         _write_status(run, job, where)
         run.write_json("job.json", job.model_dump(mode="json"))
-    except OSError as error:
-        raise InputError("run root", root, f"cannot be written: {error.strerror or error}") from None
+    except Exception as error:  # a filesystem's library raises what it likes
+        rule = f"cannot be written: {getattr(error, 'strerror', None) or error}"
+        raise InputError("run root", root, rule) from None
     return run
 
 
@@ -101,12 +103,13 @@ def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
         planner.plan_job(job)  # the saved layout must still be one that runs
     if any(key.startswith("fault") for key in keys):  # one that has happened may stand at any layout
         check_fault(job)
-    newest = next(iter(manifests.steps(run)), 0)
-    if newest >= job.train.steps:
-        rule = f"all {job.train.steps} steps of {run.run_id} are trained"
-        raise InputError("train.steps", job.train.steps, rule, f"train.steps={2 * job.train.steps}")
-    for step in manifests.steps(run):
-        manifests.check_model(manifests.read(run, step), job.model, run.place)
+    newest, steps = next(iter(manifests.steps(run)), 0), job.train.steps
+    # A run that is not done may have all its steps: trained by ranks that outlived their controller, still to be told.
+    if newest > steps or (newest == steps and status_of(run)["state"] == "done"):
+        rule = f"{newest} steps of {run.run_id} are trained"
+        raise InputError("train.steps", steps, rule, f"train.steps={2 * newest}")
+    if newest:  # older ones may go while ranks of a dead controller are still saving
+        manifests.check_model(manifests.read(run, newest), job.model, run.place)
     return job
 
 
@@ -181,9 +184,10 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
     events = list(run.read_lines("events.jsonl"))
     entropy = next((event["data"]["unigram_entropy"] for event in events if event["kind"] == "training_started"), None)
     restarts = [event["data"]["step"] for event in events if event["kind"] == "attempt_failed"]
-    plotted = run.local is not None and bool(lines)
-    if plotted and run.local is not None:
-        plot_loss(lines, run.local / "loss.png", entropy, restarts)
+    if lines:
+        picture = io.BytesIO()
+        plot_loss(lines, picture, entropy, restarts)
+        run.write("loss.png", picture.getvalue())
     return {
         "run_id": run.run_id,
         "run_folder": run.place,
@@ -198,7 +202,7 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
         ),
         "unigram_entropy": entropy,
         "ledger": (run.read_json("ledger.json") or {}).get("totals", {}),
-        "loss_plot": f"{run.place}/loss.png" if plotted else None,
+        "loss_plot": f"{run.place}/loss.png" if lines else None,
     }
 
 

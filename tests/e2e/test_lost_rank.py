@@ -1,0 +1,58 @@
+"""A rank's death, from within and from outside: seen, survived, and without a trace in what is trained."""
+
+from __future__ import annotations
+
+import random
+
+from command import INTERVAL, JOB, STEPS, Fivefold, assert_same_curve, kill_rank, kinds, metrics, reached, until
+from command import seconds_to_next_step as recovery
+
+from orchestrator.run_folder import RunFolder
+
+
+def test_killed_by_an_injected_fault_and_then_from_outside(
+    fivefold: Fivefold, reference: dict[int, tuple[float, float]]
+) -> None:
+    seed = random.randrange(1 << 32)
+    step, rank = random.Random(seed).randint(INTERVAL * 2 + 1, STEPS - 2), random.Random(seed).randrange(4)
+    print(f"seed {seed}: rank {rank} is killed from outside after step {step}")
+    started = fivefold.start("run", JOB, "fault.kill_rank=1", "fault.at_step=7")
+    run = fivefold.run_of(started)
+    until(reached(run, 5, attempt=2), 60, "second attempt", started)
+    status = fivefold("status", run.run_id).document
+    assert (status["state"], status["attempt"], len(status["ranks"])) == ("running", 2, 4)
+    here = fivefold.survivors(0)
+    assert sum("orchestrator.node.zygote" in command for command in here) == 5, here  # itself and four ranks
+    assert any("ray::NodeAgent" in command for command in here), here  # so that none would go unseen if it stayed
+    until(reached(run, step, attempt=2), 30, f"step {step}", started)
+    killed_at = kill_rank(run, rank)
+    answer = started.finish()
+
+    assert answer.code == 0, answer.told
+    assert answer.document["attempts"] == 3
+    assert_same_curve(run, reference)
+    assert [kind for kind in kinds(run) if kind in ("fault_injected", "attempt_failed", "restarting", "run_done")] == [
+        "fault_injected",
+        "attempt_failed",
+        "restarting",
+        "attempt_failed",
+        "restarting",
+        "run_done",
+    ]
+    assert_little_is_trained_twice(run)
+    assert "rank 1 was ended by SIGKILL" in answer.told
+    assert f"rank {rank} was ended by SIGKILL" in answer.told
+    injected_at = next(event["at"] for event in run.read_lines("events.jsonl") if event["kind"] == "fault_injected")
+    figures = recovery(run, injected_at, 2), recovery(run, killed_at, 3)
+    print("seconds from kill to next step: {:.2f} (injected), {:.2f} (from outside)".format(*figures))
+    assert max(figures) < 5
+    assert run.read_json("ledger.json")["totals"]["rework"] > 0
+
+
+def assert_little_is_trained_twice(run: RunFolder) -> None:
+    """No attempt goes back further than to the newest checkpoint."""
+    lines = metrics(run)
+    for attempt in (2, 3):
+        before = max(line["step"] for line in lines if line["attempt"] == attempt - 1)
+        after = min(line["step"] for line in lines if line["attempt"] == attempt)
+        assert before - after < INTERVAL
