@@ -11,6 +11,7 @@ from jobs.spec import JobSpec
 
 PACKET_BYTES = 1 << 20
 """Room for one message between the processes of a node."""
+
 LEFT_ON_REQUEST = 75
 """Exit code of a rank that wrote a checkpoint and left because it was asked to (EX_TEMPFAIL)."""
 

@@ -192,8 +192,11 @@ def _readable(place: str) -> Iterator[None]:
     """Say so where a folder may not be read, or an object store does not answer."""
     try:
         yield
-    except OSError as error:
-        raise InputError("run root", place, f"cannot be read: {error.strerror or error}") from None
+    except InputError:
+        raise
+    except Exception as error:  # a filesystem's library raises what it likes
+        rule = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise InputError("run root", place, rule) from None
 
 
 def find_run(root: str, run: str) -> RunFolder:

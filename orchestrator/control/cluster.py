@@ -34,7 +34,7 @@ class Cluster:
         self.nodes: list[str] = []
 
     def connect(self) -> None:
-        """Start Ray on this machine, on its loopback interface, or join the cluster that this process is a job of.
+        """Start Ray on this machine, or join the cluster that this process is a job of.
 
         Ray sets signal handlers of its own; those that stand are put back.
         """
@@ -53,7 +53,6 @@ class Cluster:
                 include_dashboard=False,
                 log_to_driver=False,
                 configure_logging=False,
-                _node_ip_address="127.0.0.1",
             )
         for number, handler in handlers.items():
             signal.signal(number, handler)

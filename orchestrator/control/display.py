@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import IO, Any
@@ -26,11 +27,24 @@ _TOLD = {
 _LOUD = {"checkpoint_damaged", "fault_injected", "attempt_failed"}
 
 
+class _Console(Console):
+    def __init__(self, file: IO[str] | None, needs_reader: bool) -> None:
+        super().__init__(file=file, highlight=False)
+        self._needs_reader = needs_reader
+
+    def on_broken_pipe(self) -> None:
+        """When the reader has had enough (`... | head`), what only prints ends, and training goes on unseen."""
+        if self._needs_reader:
+            raise BrokenPipeError
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Display:
     """Listens to a run and prints it. On a terminal a progress bar with the time left stands below the lines."""
 
-    def __init__(self, file: IO[str] | None = None) -> None:
-        self._console = Console(file=file, highlight=False)
+    def __init__(self, file: IO[str] | None = None, *, needs_reader: bool = False) -> None:
+        self._console = _Console(file, needs_reader)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._header_due = True

@@ -40,7 +40,7 @@ def print_log(run: RunFolder, rank: int | None, *, follow: bool) -> None:
 
 
 def _print_story(run: RunFolder, follow: bool) -> None:
-    display = Display()
+    display = Display(needs_reader=True)
     told: dict[str, int] = {"events.jsonl": 0, "metrics.jsonl": 0}
     while True:
         live = status_of(run).get("state") in LIVE

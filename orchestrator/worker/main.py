@@ -77,6 +77,8 @@ class _Rank:
         from orchestrator.worker.engines import megatron
 
         job, layout, train = self._job, self._layout, self._job.train
+        at = ", ".join(f"{axis} {index}" for axis, index in layout.coordinates(self._launch.rank).items())
+        print(f"attempt {self._launch.attempt}: rank {self._launch.rank} of {layout.world} ({at}) on {self._device}")
         began = time.monotonic()
         engine = megatron.build(job, layout, self._device)
         built = time.monotonic()
@@ -131,6 +133,7 @@ class _Rank:
                 validation_loss=validation_loss,
             )
             self._reporter.send(report)
+            print(f"step {step}  loss {result.loss:.6f}  grad norm {result.grad_norm:.6f}  {report.step_seconds:.3f} s")
             unsaved.append(report)
             stop = self._agreed_to_stop()
             if last or stop or step % job.checkpoint.interval == 0:

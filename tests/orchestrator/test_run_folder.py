@@ -116,7 +116,7 @@ def test_appending_adds_lines(run: RunFolder) -> None:
     another = RunFolder(run.place)
     another.append("metrics.jsonl", [{"step": 4}])
     another.flush()
-    lines = list(run.read_lines("metrics.jsonl"))
+    lines = list(another.read_lines("metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[2]["loss"] != lines[2]["loss"]
 
@@ -156,6 +156,7 @@ def test_an_object_store_is_rewritten_now_and_then(monkeypatch: pytest.MonkeyPat
     run.append("metrics.jsonl", [{"step": 2}])
     run.flush(5.0)
     assert steps() == [1]
+    assert [line["step"] for line in run.read_lines("metrics.jsonl")] == [1, 2]  # who holds lines back knows them
     now = 102.1
     run.append("metrics.jsonl", [{"step": 3}])
     assert steps() == [1, 2, 3]

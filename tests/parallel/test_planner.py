@@ -113,11 +113,6 @@ def test_no_mfu_without_a_known_peak(make_job: Any) -> None:
             {"cp": 1, "dp": 4, "ep": 8},
             "layout.ep=8: etp*ep=1*8=8 does not divide tp*cp*dp=1*1*4=4; nearest valid: ep=4",
         ),
-        (
-            {"tp": 1, "cp": 1, "pp": 1, "ep": 1, "etp": 2},
-            "layout.etp=2: ep=1 with etp=2 and tp=1: without expert parallelism experts need etp = tp; "
-            "nearest valid: etp=1",
-        ),
     ],
 )  # fmt: skip
 def test_a_fixed_degree_that_cannot_be(make_job: Any, layout: dict[str, int], shown: str) -> None:
