@@ -178,6 +178,14 @@ class _Rewritten:
         self.content, self.written_at, self.dirty = content, float("-inf"), False
 
 
+def import_filesystem(place: str) -> None:
+    """Import what opening a run folder at `place` will need, and no more: an opened one may have threads."""
+    from fsspec import get_filesystem_class
+    from fsspec.utils import get_protocol
+
+    get_filesystem_class(get_protocol(place))
+
+
 def runs(root: str) -> list[RunFolder]:
     """Runs under a run root, the newest first."""
     folder = RunFolder(root)

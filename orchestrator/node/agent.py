@@ -52,6 +52,7 @@ class NodeAgent:
                 "orchestrator.node.zygote",
                 self._job.cluster.device,
                 str(self._job.policy.grace_seconds),
+                self._run.place,
                 *map(str, inherited),
             ],
             pass_fds=inherited,

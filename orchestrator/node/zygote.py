@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.messages import LEFT_ON_REQUEST, PACKET_BYTES, RankLaunch
+from orchestrator.run_folder import import_filesystem
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
 def main() -> None:
-    """`python -m orchestrator.node.zygote DEVICE GRACE_SECONDS CONTROL_FD REPORT_FD LOCK_FD`, started by the agent."""
-    device, grace, control_fd, report_fd, _lock_fd = sys.argv[1], float(sys.argv[2]), *map(int, sys.argv[3:6])
+    """Started by the agent with DEVICE GRACE_SECONDS RUN_PLACE CONTROL_FD REPORT_FD LOCK_FD."""
+    device, grace, run_place = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+    control_fd, report_fd, _lock_fd = map(int, sys.argv[4:7])
     if os.fork():
         # Not the agent's child any more: Ray ends the children of a worker whose driver is gone, but ranks that
         # lose their controller are to write a checkpoint first.
@@ -38,6 +40,7 @@ def main() -> None:
     from orchestrator.worker import main as worker
 
     worker.import_engine(device)
+    import_filesystem(run_place)
     _send(control, {"kind": "ready", "pid": os.getpid(), "import_seconds": time.monotonic() - began})
     Zygote(control, report_fd, grace, worker.run).serve()
 

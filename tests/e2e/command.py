@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -17,11 +18,12 @@ from typing import Any
 
 import pytest
 
+from orchestrator import cli
 from orchestrator.run_folder import RunFolder, runs
 
 PROJECT = Path(__file__).resolve().parents[2]
 JOB = str(Path(__file__).with_name("small.yaml"))
-STEPS, INTERVAL = 20, 4
+STEPS, INTERVAL = 16, 4
 """train.steps and checkpoint.interval of JOB."""
 
 
@@ -85,6 +87,13 @@ class Fivefold:
 
     def __call__(self, *arguments: str, seconds: float = 90) -> Answer:
         return self.start(*arguments).finish(seconds)
+
+    def ask(self, *arguments: str) -> Answer:
+        """The same in this process, for verbs that only read or leave a word: it saves the start of one."""
+        out, told = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(told):
+            code = cli.run([*arguments, "--run-root", self.root, "--json"])
+        return Answer(code, json.loads(out.getvalue()), told.getvalue())
 
     def run_of(self, started: Started) -> RunFolder:
         """The run that a command just started has created: the only one under this run root."""

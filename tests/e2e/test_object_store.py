@@ -64,12 +64,12 @@ def test_a_fault_and_a_resume_at_an_object_store(store: Fivefold, reference: dic
 
 def assert_the_verbs_read(store: Fivefold, run: RunFolder) -> None:
     """By the URL of the run as by its id."""
-    status = store("status", run.place).document
+    status = store.ask("status", run.place).document
     assert (status["state"], status["attempt"], status["step"]) == ("done", 3, STEPS + INTERVAL)
     assert {rank["state"] for rank in status["ranks"]} == {"done"}
-    assert store("list").document["runs"][0]["run_id"] == run.run_id
-    assert store("events", run.run_id).document["events"][-1]["kind"] == "run_done"
-    assert store("logs", run.run_id, "--rank", "2").document["log"] == "logs/attempt-3/rank-2.log"
-    verified = store("checkpoint", "verify", run.place)
+    assert store.ask("list").document["runs"][0]["run_id"] == run.run_id
+    assert store.ask("events", run.run_id).document["events"][-1]["kind"] == "run_done"
+    assert store.ask("logs", run.run_id, "--rank", "2").document["log"] == "logs/attempt-3/rank-2.log"
+    verified = store.ask("checkpoint", "verify", run.place)
     assert verified.code == 0
     assert [each["step"] for each in verified.document["checkpoints"]] == [STEPS + INTERVAL, STEPS, STEPS - INTERVAL]

@@ -69,7 +69,7 @@ def test_ranks_on_two_nodes_outlive_a_rank_and_the_run_its_controller(
     assert run.run_id == answer.document["run_id"]
 
     until(reached(run, 5), 90, "step 5")
-    ranks = cluster("status", run.run_id).document["ranks"]
+    ranks = cluster.ask("status", run.run_id).document["ranks"]
     first, second = ranks[0]["node"], ranks[2]["node"]
     assert [rank["node"] for rank in ranks] == [first, first, second, second]
     assert first != second
@@ -79,17 +79,17 @@ def test_ranks_on_two_nodes_outlive_a_rank_and_the_run_its_controller(
     assert recovery(run, killed_at, 2) < 5
 
     os.kill(run.read_json("status.json")["controller"]["pid"], signal.SIGKILL)
-    until(lambda: cluster("status", run.run_id).document["state"] == "orphaned", 10, "orphan")
+    until(lambda: cluster.ask("status", run.run_id).document["state"] == "orphaned", 10, "orphan")
     heard = max(line["step"] for line in metrics(run))
     resumed = cluster("resume", run.run_id)
     assert resumed.code == 0, resumed.told
     assert resumed.document["ray_job"] != answer.document["ray_job"]
     until(lambda: kinds(run)[-1] == "run_done", 90, "end of the run")
     print(f"the controller was killed after step {heard}")
-    status = cluster("status", run.run_id).document
+    status = cluster.ask("status", run.run_id).document
     assert (status["state"], status["where"], status["step"]) == ("done", "cluster", STEPS)
     assert_same_curve(run, reference)
     third = [line["step"] for line in metrics(run) if line["attempt"] == 3]
     assert not set(third) & {line["step"] for line in metrics(run) if line["attempt"] == 2}
-    assert cluster("checkpoint", "verify", run.run_id).code == 0
+    assert cluster.ask("checkpoint", "verify", run.run_id).code == 0
     started.kill()

@@ -29,7 +29,7 @@ def test_orphaned_and_cancelled_and_orphaned_again_yet_nothing_is_trained_twice(
     assert (answer.code, answer.document["state"]) == (130, "cancelled"), answer.told
     assert checkpointed(run) == answer.document["step"]
     assert {rank["state"] for rank in run.read_json("status.json")["ranks"]} == {"left"}
-    again = fivefold("cancel", run.run_id)
+    again = fivefold.ask("cancel", run.run_id)
     assert (again.code, "is not running" in again.told) == (2, True)
     second = min(line["step"] for line in metrics(run) if line["attempt"] == 2)
     print(f"the controller was killed after step {heard}; its ranks left after step {second - 1}")
@@ -41,7 +41,7 @@ def test_orphaned_and_cancelled_and_orphaned_again_yet_nothing_is_trained_twice(
     answer = fivefold("resume", run.run_id)
     assert answer.code == 0, answer.told
     assert (answer.document["state"], answer.document["step"]) == ("done", STEPS)
-    assert fivefold("status", run.run_id).document["step"] == STEPS
+    assert fivefold.ask("status", run.run_id).document["step"] == STEPS
     assert sorted(line["step"] for line in metrics(run)) == list(range(1, STEPS + 1))
     assert_same_curve(run, reference)
     ended = fivefold("resume", run.run_id)
@@ -63,12 +63,12 @@ def test_interrupted_then_out_of_budget_then_damaged_and_done_at_another_layout(
     answer = fivefold("resume", run.run_id, "policy.max_restarts=0", "fault.kill_rank=2", "fault.at_step=10")
     assert (answer.code, answer.document.get("state")) == (3, "failed")
     assert "rank 2 was ended by SIGKILL (1 failed attempts, policy.max_restarts=0)" in answer.document["reason"]
-    assert fivefold("status", run.run_id).document["reason"] == answer.document["reason"]
+    assert fivefold.ask("status", run.run_id).document["reason"] == answer.document["reason"]
     newest = checkpointed(run)
     assert newest == 8
 
     damaged = flip_a_byte(run, newest)
-    verified = fivefold("checkpoint", "verify", run.run_id)
+    verified = fivefold.ask("checkpoint", "verify", run.run_id)
     assert verified.code == 3
     assert [each["step"] for each in verified.document["checkpoints"] if not each["whole"]] == [newest]
     answer = fivefold("resume", run.run_id, "layout.pp=2", "layout.tp=1", "layout.ep=2")
@@ -77,18 +77,18 @@ def test_interrupted_then_out_of_budget_then_damaged_and_done_at_another_layout(
     assert damaged in told["message"]
     third = [line for line in metrics(run) if line["attempt"] == 3]
     assert [line["step"] for line in third] == list(range(checkpoint_before(run, newest) + 1, STEPS + 1))
-    assert fivefold("status", run.run_id).document["layout"] == "dp2 pp2 ep2"
+    assert fivefold.ask("status", run.run_id).document["layout"] == "dp2 pp2 ep2"
     for line in third:
         assert line["loss"] == pytest.approx(reference[line["step"]][0], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(reference[line["step"]][1], rel=1e-3)
     assert [kind for kind in kinds(run) if kind.startswith("run_")] == ["run_interrupted", "run_failed", "run_done"]
-    assert fivefold("checkpoint", "verify", run.run_id).code == 0
+    assert fivefold.ask("checkpoint", "verify", run.run_id).code == 0
 
 
 def kill_controller(fivefold: Fivefold, started: Started, run: RunFolder) -> int:
     """SIGKILL; returns the last step that metrics.jsonl then tells of."""
     started.kill()
-    status = fivefold("status", run.run_id).document
+    status = fivefold.ask("status", run.run_id).document
     assert (status["state"], status["reason"]) == ("orphaned", "its controller died")
     return max(line["step"] for line in metrics(run))
 

@@ -47,7 +47,7 @@ def test_the_ledger_sums_to_wall_time(run: RunFolder) -> None:
 
 def test_status_tells_of_every_rank(undisturbed: tuple[Fivefold, Answer], run: RunFolder) -> None:
     fivefold, _ = undisturbed
-    answer = fivefold("status", run.run_id)
+    answer = fivefold.ask("status", run.run_id)
     status = answer.document
     assert (answer.code, status["state"], status["attempt"], status["step"]) == (0, "done", 1, STEPS)
     assert status["layout"] == "tp2 dp2 ep2"
@@ -59,7 +59,7 @@ def test_status_tells_of_every_rank(undisturbed: tuple[Fivefold, Answer], run: R
 
 def test_checkpoints_are_whole_and_the_newest_are_kept(undisturbed: tuple[Fivefold, Answer], run: RunFolder) -> None:
     fivefold, _ = undisturbed
-    answer = fivefold("checkpoint", "verify", "last")
+    answer = fivefold.ask("checkpoint", "verify", "last")
     assert answer.code == 0
     assert [each["step"] for each in answer.document["checkpoints"]] == [STEPS - i * INTERVAL for i in range(3)]
     assert all(each["whole"] and each["files"] > 4 for each in answer.document["checkpoints"])
@@ -72,5 +72,5 @@ def test_the_folder_reads_with_a_text_editor(undisturbed: tuple[Fivefold, Answer
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert answer.document["loss_plot"] == str(folder / "loss.png")
     assert sorted(path.name for path in (folder / "logs/attempt-1").iterdir()) == [f"rank-{r}.log" for r in range(4)]
-    assert "20" in answer.told.split("done: trained")[0].splitlines()[-2]
-    assert fivefold("list").document["runs"][0]["run_id"] == run.run_id
+    assert str(STEPS) in answer.told.split("done: trained")[0].splitlines()[-2]
+    assert fivefold.ask("list").document["runs"][0]["run_id"] == run.run_id
