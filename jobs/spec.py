@@ -83,7 +83,7 @@ class CheckpointSpec(Spec):
 
 class PolicySpec(Spec):
     max_restarts: int = Field(3, ge=0, description="failed attempts a run survives")
-    grace_seconds: float = Field(60.0, gt=0, description="time to write a checkpoint when asked to stop")
+    grace_seconds: float = Field(300.0, gt=0, description="longest wait for a checkpoint when asked to stop")
     start_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for the cluster's devices")
 
 
