@@ -111,13 +111,14 @@ class RunRecord:
             return None
         del self._waiting[report.step]
         line = self._line(list(waiting.values()))
-        if self._status["state"] == "starting":
+        began = self._status["state"] == "starting"
+        if began:
             self._status["state"] = "running"
         self._status["step"] = report.step
         self.run.append("metrics.jsonl", [line])
         for listener in self._listeners:
             listener(line)
-        self.confirm()
+        self.confirm(now=began)
         return line
 
     def catch_up(self, reports: Sequence[StepReport]) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from command import INTERVAL, JOB, STEPS, Fivefold, assert_same_curve, kill_rank, kinds, metrics, reached, until
 from command import seconds_to_next_step as recovery
 
 from orchestrator.run_folder import RunFolder
+
+LAST_KILL = STEPS - 4
+"""Late enough to lose work, and with steps left in which the test can do it."""
 
 
 def test_killed_by_an_injected_fault_and_then_from_outside(
     fivefold: Fivefold, reference: dict[int, tuple[float, float]]
 ) -> None:
     seed = random.randrange(1 << 32)
-    step, rank = random.Random(seed).randint(INTERVAL * 2 + 1, STEPS - 2), random.Random(seed).randrange(4)
+    step, rank = random.Random(seed).randint(INTERVAL * 2 + 1, LAST_KILL), random.Random(seed).randrange(4)
     print(f"seed {seed}: rank {rank} is killed from outside after step {step}")
     started = fivefold.start("run", JOB, "fault.kill_rank=1", "fault.at_step=7")
     run = fivefold.run_of(started)
@@ -49,10 +53,35 @@ def test_killed_by_an_injected_fault_and_then_from_outside(
     assert run.read_json("ledger.json")["totals"]["rework"] > 0
 
 
+@pytest.mark.slow
+def test_killed_five_times_at_random_steps(fivefold: Fivefold, reference: dict[int, tuple[float, float]]) -> None:
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    started = fivefold.start("run", JOB, "policy.max_restarts=5")
+    run = fivefold.run_of(started)
+    killed_at = []
+    for attempt in range(1, 6):
+        until(reached(run, 1, attempt), 60, f"attempt {attempt}", started)
+        step = draw.randint(min(metrics(run)[-1]["step"], LAST_KILL), LAST_KILL)
+        until(reached(run, step, attempt), 30, f"step {step}", started)
+        rank = draw.randrange(4)
+        killed_at.append(kill_rank(run, rank))
+        print(f"seed {seed}: attempt {attempt}, rank {rank} is killed after step {step}")
+    answer = started.finish()
+
+    assert answer.code == 0, answer.told
+    assert answer.document["attempts"] == 6
+    assert_same_curve(run, reference)
+    assert_little_is_trained_twice(run)
+    figures = [recovery(run, when, attempt) for attempt, when in enumerate(killed_at, 2)]
+    print("seconds from kill to next step:", " ".join(f"{seconds:.2f}" for seconds in figures))
+    assert max(figures) < 5
+
+
 def assert_little_is_trained_twice(run: RunFolder) -> None:
     """No attempt goes back further than to the newest checkpoint."""
     lines = metrics(run)
-    for attempt in (2, 3):
+    for attempt in range(2, lines[-1]["attempt"] + 1):
         before = max(line["step"] for line in lines if line["attempt"] == attempt - 1)
         after = min(line["step"] for line in lines if line["attempt"] == attempt)
         assert before - after < INTERVAL

@@ -75,6 +75,13 @@ def test_a_step_becomes_a_line_once_every_rank_has_reported_it(record: RunRecord
     }
 
 
+def test_that_it_trains_is_written_at_once(record: RunRecord) -> None:
+    assert status_of(record.run)["state"] == "starting"
+    for rank in range(4):
+        record.report(step_report(1, rank))
+    assert (status_of(record.run)["state"], status_of(record.run)["step"]) == ("running", 1)
+
+
 def test_steps_may_overlap(record: RunRecord) -> None:
     for rank in (0, 1, 2):
         record.report(step_report(1, rank))
