@@ -23,7 +23,7 @@ def test_killed_by_an_injected_fault_and_then_from_outside(
     started = fivefold.start("run", JOB, "fault.kill_rank=1", "fault.at_step=7")
     run = fivefold.run_of(started)
     until(reached(run, 5, attempt=2), 60, "second attempt", started)
-    status = fivefold("status", run.run_id).document
+    status = fivefold.ask("status", run.run_id).document
     assert (status["state"], status["attempt"], len(status["ranks"])) == ("running", 2, 4)
     here = fivefold.survivors(0)
     assert sum("orchestrator.node.zygote" in command for command in here) == 5, here  # itself and four ranks

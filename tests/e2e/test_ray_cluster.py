@@ -87,9 +87,9 @@ def test_ranks_on_two_nodes_outlive_a_rank_and_the_run_its_controller(
     resumed = cluster("resume", run.run_id, "train.eval_interval=0")
     assert resumed.code == 0, resumed.told
     assert resumed.document["ray_job"] != answer.document["ray_job"]
-    until(lambda: kinds(run)[-1] == "run_done", 90, "end of the run")
+    until(lambda: cluster.ask("status", run.run_id).document["state"] == "done", 90, "end of the run")
     status = cluster.ask("status", run.run_id).document
-    assert (status["state"], status["where"], status["step"]) == ("done", "cluster", STEPS)
+    assert (status["where"], status["step"], kinds(run)[-1]) == ("cluster", STEPS, "run_done")
     assert_same_curve(run, reference)
     second, third = ([line["step"] for line in metrics(run) if line["attempt"] == attempt] for attempt in (2, 3))
     print(f"the controller was killed after step {heard}; its ranks left after step {max(second)}")

@@ -38,7 +38,7 @@ class Agent:
         subprocess.run(
             [sys.executable, HOST, "cpu", str(grace), str(logs), *map(str, inherited)],
             pass_fds=inherited,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},  # as the agent gives its own
             check=True,
         )
         for descriptor in (zygotes.detach(), writing.detach(), lock):
