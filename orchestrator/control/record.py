@@ -47,7 +47,7 @@ class RunRecord:
             "state": "queued",
             "reason": None,
             "where": where,
-            "layout": layout.label,
+            "layout": layout.as_dict(),
             "world": layout.world,
             "controller": {"host": socket.gethostname(), "pid": os.getpid()},
             "ranks": [],

@@ -227,7 +227,7 @@ def _write_status(run: RunFolder, job: JobSpec, where: str) -> None:
             "attempt": 0,
             "step": 0,
             "where": where,
-            "layout": layout.label,
+            "layout": layout.as_dict(),
             "world": layout.world,
             "ranks": [],
         },

@@ -47,7 +47,7 @@ def runs(statuses: list[dict[str, Any]], root: str) -> None:
         print(f"no runs under {root}")
         return
     rows = [
-        [status["run_id"], status["state"], str(status["attempt"]), str(status["step"]), status["layout"], _ago(status)]
+        [status["run_id"], status["state"], str(status["attempt"]), str(status["step"]), _label(status), _ago(status)]
         for status in statuses
     ]
     headings = [
@@ -64,7 +64,7 @@ def runs(statuses: list[dict[str, Any]], root: str) -> None:
 def status(found: dict[str, Any]) -> None:
     reason = f": {found['reason']}" if found.get("reason") else ""
     print(f"{found['run_id']}  {found['state']}{reason}")
-    print(f"attempt {found['attempt']}, step {found['step']} of {found['steps']}, layout {found['layout']}")
+    print(f"attempt {found['attempt']}, step {found['step']} of {found['steps']}, layout {_label(found)}")
     spent = "  ".join(f"{heading} {seconds:.1f}" for heading, seconds in found["ledger"].items())
     print(f"seconds {spent}")
     print(f"folder  {found['run_folder']}")
@@ -87,6 +87,11 @@ def checkpoints(run: RunFolder, found: list[CheckpointManifest]) -> None:
         label = Layout.of(manifest.layout).label
         rows.append([str(manifest.step), label, bytes_text(manifest.size_bytes), str(len(manifest.files)), when])
     print_table(None, [("step", True), ("layout", False), ("size", True), ("files", True), ("written", False)], rows)
+
+
+def _label(status: dict[str, Any]) -> str:
+    degrees = {axis: degree for axis, degree in status["layout"].items() if axis != "edp"}
+    return Layout(**degrees).label
 
 
 def _ago(status: dict[str, Any]) -> str:

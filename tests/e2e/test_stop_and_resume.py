@@ -8,6 +8,7 @@ import pytest
 from command import JOB, STEPS, Fivefold, assert_same_curve, kinds, metrics, reached, until
 
 from orchestrator.run_folder import RunFolder
+from parallel.layout import Layout
 
 
 def test_cancelled_then_trained_to_the_end_by_orphans_and_nothing_twice(
@@ -72,7 +73,7 @@ def test_interrupted_then_out_of_budget_then_damaged_and_done_at_another_layout(
     assert damaged in told["message"]
     third = [line for line in metrics(run) if line["attempt"] == 3]
     assert [line["step"] for line in third] == list(range(checkpoint_before(run, newest) + 1, STEPS + 1))
-    assert fivefold.ask("status", run.run_id).document["layout"] == "dp2 pp2 ep2"
+    assert fivefold.ask("status", run.run_id).document["layout"] == Layout(dp=2, pp=2, ep=2).as_dict()
     for line in third:
         assert line["loss"] == pytest.approx(reference[line["step"]][0], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(reference[line["step"]][1], rel=1e-3)

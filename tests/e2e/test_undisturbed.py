@@ -9,6 +9,7 @@ import pytest
 from command import INTERVAL, STEPS, Answer, Fivefold, kinds, metrics
 
 from orchestrator.run_folder import RunFolder
+from parallel.layout import Layout
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_status_tells_of_every_rank(undisturbed: tuple[Fivefold, Answer], run: R
     answer = fivefold.ask("status", run.run_id)
     status = answer.document
     assert (answer.code, status["state"], status["attempt"], status["step"]) == (0, "done", 1, STEPS)
-    assert status["layout"] == "tp2 dp2 ep2"
+    assert status["layout"] == Layout(tp=2, dp=2, ep=2).as_dict()
     assert [rank["rank"] for rank in status["ranks"]] == [0, 1, 2, 3]
     assert len({rank["pid"] for rank in status["ranks"]}) == 4
     assert {(rank["state"], rank["step"]) for rank in status["ranks"]} == {("done", STEPS)}

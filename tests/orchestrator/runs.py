@@ -16,6 +16,7 @@ from orchestrator import manifests
 from orchestrator.manifests import CheckpointManifest, FileEntry
 from orchestrator.messages import Event, StepReport
 from orchestrator.run_folder import RunFolder
+from parallel.layout import Layout
 
 LAYOUT = ("layout.tp=2", "layout.cp=1", "layout.dp=2", "layout.pp=1", "layout.vpp=1", "layout.ep=2", "layout.etp=1")
 
@@ -66,7 +67,7 @@ def make_run(place: str, spec: JobSpec | None = None, **status: Any) -> RunFolde
         "attempt": 1,
         "step": 100,
         "where": "here",
-        "layout": "tp2 dp2 ep2",
+        "layout": Layout(tp=2, dp=2, ep=2).as_dict(),
         "world": 4,
         "controller": {"host": socket.gethostname(), "pid": os.getpid()},
         "ranks": [],

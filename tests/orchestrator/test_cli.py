@@ -14,6 +14,7 @@ from runs import change_json, make_run
 
 from orchestrator.control import doctor
 from orchestrator.run_folder import RunFolder
+from parallel.layout import Layout
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +45,7 @@ def test_status(fivefold: Fivefold, run: RunFolder, named: str) -> None:
     assert (answer.code, answer.err) == (0, "")
     document = json.loads(answer.out)
     assert (document["state"], document["attempt"], document["step"]) == ("interrupted", 1, 40)
-    assert (document["layout"], document["ranks"]) == ("tp2 dp2 ep2", [rank])
+    assert (document["layout"], document["ranks"]) == (Layout(tp=2, dp=2, ep=2).as_dict(), [rank])
     assert (document["run_folder"], document["steps"], document["ledger"]) == (run.place, 100, {"productive": 20.0})
     assert "attempt 1, step 40 of 100, layout tp2 dp2 ep2" in fivefold("status", named.replace("its path", "last")).out
 

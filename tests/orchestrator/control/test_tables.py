@@ -12,6 +12,7 @@ from runs import job, make_checkpoint, make_run
 from orchestrator import manifests
 from orchestrator.control import tables
 from orchestrator.control.record import status_of
+from parallel.layout import Layout
 from parallel.planner import plan_job
 
 
@@ -46,7 +47,7 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
         "attempt": 2,
         "step": 20,
         "steps": 100,
-        "layout": "tp2 dp2",
+        "layout": Layout(tp=2, dp=2).as_dict(),
         "ledger": {"productive": 10.04, "queue": 0.5},
         "run_folder": "/runs/quick-1",
         "ranks": [
