@@ -37,21 +37,10 @@ class RunRecord:
     ) -> None:
         self.run, self._throughput = run, throughput
         self._listeners: list[Listener] = []
-        self._status: dict[str, Any] = run.read_json("status.json") or {
-            "created_at": time.time(),
-            "attempt": 0,
-            "step": 0,
-        }
-        self._status |= {
-            "run_id": run.run_id,
-            "state": "queued",
-            "reason": None,
-            "where": where,
-            "layout": layout.as_dict(),
-            "world": layout.world,
-            "controller": {"host": socket.gethostname(), "pid": os.getpid()},
-            "ranks": [],
-        }
+        earlier = run.read_json("status.json") or {}
+        kept = {key: earlier[key] for key in ("created_at", "attempt", "step") if key in earlier}
+        controller = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._status = new_status(run.run_id, layout, where) | kept | {"controller": controller}
         saved = run.read_json("ledger.json")
         self.ledger = Ledger(self._status["created_at"]) if saved is None else Ledger.resumed(saved, time.time())
         self._ranks: dict[int, dict[str, Any]] = {}
@@ -178,6 +167,24 @@ def _keeps_going(record: RunRecord) -> Any:
         yield
     except OSError:
         record._confirmed = 0.0
+
+
+def new_status(run_id: str, layout: Layout, where: Literal["here", "cluster"]) -> dict[str, Any]:
+    """status.json of a run that nothing has happened to yet."""
+    now = time.time()
+    return {
+        "run_id": run_id,
+        "state": "queued",
+        "reason": None,
+        "created_at": now,
+        "updated_at": now,
+        "attempt": 0,
+        "step": 0,
+        "where": where,
+        "layout": layout.as_dict(),
+        "world": layout.world,
+        "ranks": [],
+    }
 
 
 def status_of(run: RunFolder) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from orchestrator.control import cluster
 from orchestrator.control.controller import Controller
 from orchestrator.control.display import Display
 from orchestrator.control.plot import plot_loss
-from orchestrator.control.record import LIVE, RunRecord, State, Throughput, status_of
+from orchestrator.control.record import LIVE, RunRecord, State, Throughput, new_status, status_of
 from orchestrator.messages import Event, Stop
 from orchestrator.run_folder import RunFolder, new_run_id
 from parallel import planner
@@ -36,7 +36,7 @@ def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["
     run = RunFolder(f"{root.rstrip('/')}/{new_run_id(job.name)}")
     try:
         run.write_json("plan.json", planning.plans[0].as_dict())
-        _write_status(run, job, where)
+        run.write_json("status.json", new_status(run.run_id, Layout.of(job.layout), where))
         run.write_json("job.json", job.model_dump(mode="json"))
     except Exception as error:  # a filesystem's library raises what it likes
         rule = f"cannot be written: {getattr(error, 'strerror', None) or error}"
@@ -83,12 +83,11 @@ def check_resumable(run: RunFolder) -> dict[str, Any]:
 def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
     """The job of a run as it is to go on: single values changed, and planned anew where its layout is touched."""
     saved = compose.load(run.read("job.json"), run.path("job.json"))
-    keys = [override.partition("=")[0] for override in overrides]
+    pairs = [(key, value) for key, _, value in (override.partition("=") for override in overrides)]
+    keys = [key for key, _ in pairs]
     refused = [
-        InputError(
-            override.partition("=")[0], override.partition("=")[2], "is decided when a run starts; start another run"
-        )
-        for override, key in zip(overrides, keys, strict=True)
+        InputError(key, value, "is decided when a run starts; start another run")
+        for key, value in pairs
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START)
     ]
     if refused:
@@ -212,23 +211,3 @@ def wait_until(run: RunFolder, ended: Sequence[State], patience_seconds: float) 
     while (status := status_of(run)).get("state") not in ended and time.monotonic() < deadline:
         time.sleep(0.1)
     return status
-
-
-def _write_status(run: RunFolder, job: JobSpec, where: str) -> None:
-    layout = Layout.of(job.layout)
-    run.write_json(
-        "status.json",
-        {
-            "run_id": run.run_id,
-            "state": "queued",
-            "reason": None,
-            "created_at": time.time(),
-            "updated_at": time.time(),
-            "attempt": 0,
-            "step": 0,
-            "where": where,
-            "layout": layout.as_dict(),
-            "world": layout.world,
-            "ranks": [],
-        },
-    )

@@ -14,7 +14,7 @@ from jobs.compose import amend, compose
 from jobs.spec import JobSpec
 from orchestrator import manifests
 from orchestrator.manifests import CheckpointManifest, FileEntry
-from orchestrator.messages import Event, StepReport
+from orchestrator.messages import Event, RankLaunch, StepReport
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
 
@@ -106,3 +106,18 @@ def make_checkpoint(run: RunFolder, step: int, spec: JobSpec | None = None, **ch
 
 def change_json(run: RunFolder, name: str, **changes: Any) -> None:
     run.write(name, json.dumps(run.read_json(name) | changes).encode())
+
+
+def rank_launch(run_id: str, rank: int, attempt: int) -> RankLaunch:
+    """For a rank that does not train: its store is nowhere."""
+    return RankLaunch(
+        run_id=run_id,
+        attempt=attempt,
+        rank=rank,
+        local_rank=rank,
+        store_address="127.0.0.1",
+        store_port=1,
+        run_folder="",
+        job=job(),
+        checkpoint_steps=(),
+    )

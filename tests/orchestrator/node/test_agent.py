@@ -15,9 +15,9 @@ from typing import Any
 
 import fsspec
 import pytest
-from runs import job
+from runs import job, rank_launch
 
-from orchestrator.messages import RankLaunch, Report
+from orchestrator.messages import Report
 from orchestrator.node import agent as module
 from orchestrator.node.agent import NodeAgent
 
@@ -50,20 +50,7 @@ def make_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make
 
 
 def launch(what: str, *ranks: int, attempt: int = 1) -> list[dict[str, Any]]:
-    return [
-        RankLaunch(
-            run_id=what,
-            attempt=attempt,
-            rank=rank,
-            local_rank=rank,
-            store_address="127.0.0.1",
-            store_port=1,
-            run_folder="",
-            job=job(),
-            checkpoint_steps=(),
-        ).model_dump(mode="json")
-        for rank in ranks
-    ]
+    return [rank_launch(what, rank, attempt).model_dump(mode="json") for rank in ranks]
 
 
 def hear(agent: NodeAgent, *kinds: str) -> list[Any]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import job
+from runs import rank_launch
 
-from orchestrator.messages import PACKET_BYTES, RankLaunch
+from orchestrator.messages import PACKET_BYTES
 
 HOST = Path(__file__).with_name("zygote_host.py")
 ROOT = Path(__file__).parents[3]
@@ -51,17 +51,7 @@ class Agent:
         """rank -> pidfd"""
 
     def send(self, launch_of: str, rank: int, attempt: int = 1, descriptors: tuple[int, ...] = ()) -> None:
-        launch = RankLaunch(
-            run_id=launch_of,
-            attempt=attempt,
-            rank=rank,
-            local_rank=rank,
-            store_address="127.0.0.1",
-            store_port=1,
-            run_folder="",
-            job=job(),
-            checkpoint_steps=(),
-        )
+        launch = rank_launch(launch_of, rank, attempt)
         log = self.logs / f"attempt-{attempt}" / f"rank-{rank}.log"
         message = {"kind": "fork", "launch": launch.model_dump(mode="json"), "log": str(log)}
         socket.send_fds(self.control, [json.dumps(message).encode()], list(descriptors))
