@@ -43,9 +43,16 @@ class ModelArchitecture(Spec):
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     router_normalize_top_k: bool = Field(True, description="the chosen experts' weights sum to one")
     router_bias: bool = Field(False, description="auxiliary-loss-free balancing by a per-expert bias")
+    router_bias_rate: float = Field(1e-3, gt=0, description="what a step adds to, or takes from, each expert's bias")
     router_scale: float = Field(1.0, gt=0, description="factor on the chosen experts' weights")
     aux_loss: float = Field(0.0, ge=0, description="coefficient of the load-balancing loss")
     z_loss: float = Field(0.0, ge=0, description="coefficient of the router z-loss")
+    capacity_factor: float = Field(
+        0.0, ge=0, description="an expert takes at most this times the mean load of the tokens a rank sees; 0: all"
+    )
+    drop_order: Literal["probs", "position"] = Field(
+        "probs", description="who keeps an expert's places: the largest weights, or the earliest tokens"
+    )
 
     kv_lora_rank: int = Field(0, ge=0, description="multi-latent attention when above 0 (DeepSeek-V2/V3)")
     q_lora_rank: int = Field(0, ge=0)

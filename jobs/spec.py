@@ -37,8 +37,17 @@ class ClusterSpec(Spec):
         return self.nodes * self.devices_per_node
 
 
+DEGREES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")
+"""The fields of LayoutSpec that are degrees of parallelism."""
+
+RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+
+
 class LayoutSpec(Spec):
-    """The degrees a user fixes; those left None are planned. Names as in Megatron-Core."""
+    """How a job is spread over ranks; of the degrees, those left None are planned. Names as in Megatron-Core.
+
+    Nothing here changes what is trained, but where tokens are dropped: `model.capacity_factor` counts what a rank sees.
+    """
 
     tp: int | None = Field(None, ge=1)
     cp: int | None = Field(None, ge=1)
@@ -48,6 +57,27 @@ class LayoutSpec(Spec):
     ep: int | None = Field(None, ge=1)
     etp: int | None = Field(None, ge=1)
     micro_batch: int | None = Field(None, ge=1, description="sequences a rank computes at once")
+
+    context_attention: Literal["gather", "ring", "ulysses"] | None = Field(
+        None, description="what cp exchanges: keys and values at once, or in turn, or heads; null: the engine's first"
+    )
+    dispatcher: Literal["alltoall", "allgather", "flex"] = Field("alltoall", description="how tokens reach experts")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="what backward computes again")
+    recompute_modules: tuple[RecomputedModule, ...] = Field(("core_attn",), description="what selective recomputes")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="sharded over data parallel ranks: 1 optimizer state, 2 gradients too, 3 weights too"
+    )
+    optimizer_replicas: int = Field(
+        1, ge=1, description="copies of the sharded optimizer state; above 1 each is sharded over a part of dp*cp"
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    nvme_folder: str | None = Field(None, description="where nvme offload keeps its files, on every node")
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Those that are given."""
+        return {axis: degree for axis in DEGREES if (degree := getattr(self, axis)) is not None}
 
 
 class TrainSpec(Spec):
@@ -98,6 +128,7 @@ class JobSpec(Spec):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     engine: Literal["megatron", "deepspeed"] = "megatron"
     model: ModelArchitecture
+    init_from: str | None = Field(None, description="folder of Hugging Face safetensors to begin from; null: random")
     data: DataSpec
     cluster: ClusterSpec
     layout: LayoutSpec

@@ -1,4 +1,4 @@
-"""A decoder-only transformer for Megatron-Core without TransformerEngine: its configuration, its parts, its weights.
+"""A decoder-only transformer for Megatron-Core without TransformerEngine: its configuration and its parts.
 
 Megatron takes a model as a tree of module specs. Those given here use Megatron's own parallel linears, router and
 all-to-all dispatcher, torch's fused RMSNorm and `scaled_dot_product_attention`, and one MLP an expert.
@@ -6,8 +6,6 @@ all-to-all dispatcher, torch's fused RMSNorm and `scaled_dot_product_attention`,
 
 from __future__ import annotations
 
-import hashlib
-import math
 import warnings
 from typing import Any
 
@@ -33,7 +31,6 @@ for _message, _category in (
 # compiler at run time, and of these functions only a part of the router that does nothing would ever be called here.
 _compile, torch.compile = torch.compile, lambda function, **options: function
 try:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -119,7 +116,7 @@ def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
         add_qkv_bias=model.attention_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # `initialize` below draws every weight; Megatron's own pass still has to mark the tensor-parallel ones.
+        # Weights are set by name (models.weights); Megatron's own pass still has to mark the tensor-parallel ones.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -215,7 +212,7 @@ def _layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
 def build_model(
     job: JobSpec, config: TransformerConfig, device: torch.device, *, first_stage: bool, last_stage: bool
 ) -> GPTModel:
-    """This rank's shard of the model, weights drawn from `job.train.seed` alone.
+    """This rank's part of the model, its weights yet to be set.
 
     Wants megatron.core.parallel_state initialised. Gives logits' cross-entropy [batch, sequence] for labels.
     """
@@ -236,36 +233,4 @@ def build_model(
         # gives every layout the same two optimizers, without which a checkpoint cannot change ep.
         if ".experts." in name:
             parameter.allreduce = False
-    initialize(model, job.model, job.train.seed)
     return model
-
-
-@torch.no_grad()
-def initialize(model: GPTModel, architecture: ModelArchitecture, seed: int) -> None:
-    """Draw every matrix from a normal distribution and set biases to 0; norms stay at 1.
-
-    Each whole tensor is drawn by a generator seeded with its global name and then cut, so a weight is the same at every
-    layout (for one kind of device). Standard deviation `init_std`, over sqrt(2 * layers) for what writes to the
-    residual stream (GPT-2, Radford et al. 2019).
-    """
-    residual_std = architecture.init_std / math.sqrt(2 * architecture.layers)
-    for entry in model.sharded_state_dict().values():
-        for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-            if not isinstance(shard, ShardedTensor):
-                continue
-            if shard.key.endswith(".bias"):
-                shard.data.zero_()
-            elif shard.data.dim() > 1:
-                writes_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
-                _draw(shard, residual_std if writes_residual else architecture.init_std, seed)
-
-
-def _draw(shard: ShardedTensor, std: float, seed: int) -> None:
-    stacked = shard.prepend_axis_num
-    name = f"{seed} {shard.key} {shard.global_offset[:stacked]}"
-    generator = torch.Generator(shard.data.device)
-    generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
-    whole = torch.empty(shard.global_shape[stacked:], device=shard.data.device)
-    whole.normal_(0.0, std, generator=generator)
-    corner = shard.global_offset[stacked:]
-    shard.data.copy_(whole[tuple(slice(at, at + size) for at, size in zip(corner, shard.data.shape, strict=True))])

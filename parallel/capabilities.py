@@ -1,51 +1,142 @@
-"""What an engine can run, as data: a table of small named rules, each `(layout, job) -> reason or None`.
+"""What an engine can run, as data: one table of small rules, each of which refuses with its reason or says nothing.
 
-A reason is the whole sentence with its numbers ("ep=16 does not divide experts=8"). A rule looks at one of four
-things, and the tables are kept apart so that the planner can refuse early: the job itself, the attention mesh
-(tp, cp, dp, pp), the expert mesh (etp, ep), the batch.
+A reason is the whole sentence with its numbers ("ep=16 does not divide experts=8"). A rule names the engines it binds
+and looks at one of four things, in four parts of the table, so that the planner can refuse early: the job itself, the
+attention mesh (tp, cp, dp, pp, vpp), the expert mesh (etp, ep), the batch. What no rule refuses, the engine trains
+exactly: tests/exactness holds it to that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from typing import Literal
 
-from jobs.errors import InputError
+from jobs.errors import CombinedInputError, InputError
 from jobs.spec import JobSpec
 from parallel.layout import Layout
 
 Reason = Callable[[Layout, JobSpec], str | None]
+Engines = tuple[Literal["megatron", "deepspeed"], ...]
+
+BOTH: Engines = ("megatron", "deepspeed")
+MEGATRON: Engines = ("megatron",)
+DEEPSPEED: Engines = ("deepspeed",)
+
+
+@dataclass(frozen=True)
+class JobRule:
+    """Refuses a job whatever its layout. `path` is the value to blame, `nearest` one that would do."""
+
+    path: str
+    engines: Engines
+    reason: Callable[[JobSpec], str | None]
+    nearest: object = None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`key` names the class of refusals in a plan's account; `axis` is the degree that it blames."""
+    """Refuses a layout. `key` names the class of refusals in a plan's account; `axis` is the degree that it blames."""
 
     key: str
     axis: str
+    engines: Engines
     reason: Reason
 
 
+@dataclass(frozen=True)
+class BatchRule:
+    """Refuses a micro-batch at a layout, given how many of them a rank computes in a step."""
+
+    key: str
+    axis: str
+    engines: Engines
+    reason: Callable[[Layout, JobSpec, int], str | None]
+
+
 def check_job(job: JobSpec) -> None:
-    """InputError where the engine cannot train this job at any layout."""
-    if job.engine != "megatron":
-        raise InputError("engine", job.engine, f"the {job.engine} engine is not available yet", "megatron")
-    if (job.layout.vpp or 1) > 1:
-        rule = "the interleaved schedule is not available in the megatron engine yet"
-        raise InputError("layout.vpp", job.layout.vpp, rule, 1)
-    model = job.model
-    if model.is_multi_latent:
-        rule = "the megatron engine does not run multi-latent attention yet"
-        raise InputError("model.kv_lora_rank", model.kv_lora_rank, rule, 0)
-    if model.is_moe and model.router_bias:
-        rule = "the megatron engine does not balance experts by a router bias yet; use model.aux_loss"
-        raise InputError("model.router_bias", True, rule, False)
-    if model.is_moe and model.router_score != "softmax":
-        rule = "the megatron engine does not score experts by sigmoid yet"
-        raise InputError("model.router_score", model.router_score, rule, "softmax")
-    if model.is_moe and model.router_normalize_top_k and model.top_k == 1:
-        rule = "the one chosen expert of top_k=1 would always weigh 1, and the router never learn"
-        raise InputError("model.router_normalize_top_k", True, rule, False)
+    """InputError where the engine cannot train this job at any layout; of several reasons, all."""
+    errors = []
+    for rule in JOB_RULES:
+        reason = rule.reason(job) if job.engine in rule.engines else None
+        if reason is not None:
+            value = reduce(getattr, rule.path.split("."), job)
+            errors.append(InputError(rule.path, value, reason, rule.nearest))
+    if errors:
+        raise errors[0] if len(errors) == 1 else CombinedInputError(errors)
+
+
+def refusal(rules: tuple[Rule, ...], layout: Layout, job: JobSpec) -> tuple[Rule, str] | None:
+    """The first rule that the layout breaks, and how; None where it breaks none."""
+    for rule in rules:
+        reason = rule.reason(layout, job) if job.engine in rule.engines else None
+        if reason is not None:
+            return rule, reason
+    return None
+
+
+def batch_refusal(layout: Layout, job: JobSpec, micro_batches: int) -> tuple[BatchRule, str] | None:
+    """The first rule that `micro_batches` a step break, and how; None where they break none."""
+    for rule in BATCH_RULES:
+        reason = rule.reason(layout, job, micro_batches) if job.engine in rule.engines else None
+        if reason is not None:
+            return rule, reason
+    return None
+
+
+# Jobs.
+
+
+def _when(refused: Callable[[JobSpec], object], reason: str) -> Callable[[JobSpec], str | None]:
+    return lambda job: reason if refused(job) else None
+
+
+def _moe(job: JobSpec) -> bool:
+    return job.model.is_moe
+
+
+JOB_RULES = (
+    JobRule(
+        "engine", DEEPSPEED, _when(lambda job: True, "the deepspeed engine is not available yet"), nearest="megatron"
+    ),
+    JobRule(
+        "model.kv_lora_rank",
+        BOTH,
+        _when(lambda job: job.model.is_multi_latent, "no engine runs multi-latent attention yet"),
+        nearest=0,
+    ),
+    JobRule(
+        "model.router_normalize_top_k",
+        BOTH,
+        _when(
+            lambda job: _moe(job) and job.model.router_normalize_top_k and job.model.top_k == 1,
+            "the one chosen expert of top_k=1 would always weigh 1, and the router never learn",
+        ),
+        nearest=False,
+    ),
+    JobRule(
+        "model.router_bias",
+        MEGATRON,
+        _when(
+            lambda job: _moe(job) and job.model.router_bias,
+            "the megatron engine does not balance experts by a router bias yet; use model.aux_loss",
+        ),
+        nearest=False,
+    ),
+    JobRule(
+        "model.router_score",
+        MEGATRON,
+        _when(
+            lambda job: _moe(job) and job.model.router_score != "softmax",
+            "the megatron engine does not score experts by sigmoid yet",
+        ),
+        nearest="softmax",
+    ),
+)
+
+
+# Layouts.
 
 
 def _divides(axis: str, name: str, size: Callable[[JobSpec], int]) -> Reason:
@@ -71,40 +162,41 @@ def _no_context_parallelism(layout: Layout, job: JobSpec) -> str | None:
 def _no_experts(axis: str) -> Reason:
     def reason(layout: Layout, job: JobSpec) -> str | None:
         degree = layout.degree(axis)
-        return None if job.model.is_moe or degree == 1 else f"{axis}={degree}, but {job.model.name} has no experts"
+        return None if _moe(job) or degree == 1 else f"{axis}={degree}, but {job.model.name} has no experts"
 
     return reason
 
 
+def _no_virtual_stages(layout: Layout, job: JobSpec) -> str | None:
+    if layout.vpp == 1:
+        return None
+    return f"vpp={layout.vpp}: the interleaved schedule is not available in the {job.engine} engine yet"
+
+
 ATTENTION_RULES = (
-    Rule("context parallelism", "cp", _no_context_parallelism),
-    Rule("layers", "pp", _divides("pp", "layers", lambda job: job.model.layers)),
-    Rule("heads", "tp", _divides("tp", "heads", lambda job: job.model.heads)),
-    Rule("kv_heads", "tp", _kv_heads),
-    Rule("vocab", "tp", _divides("tp", "vocab", lambda job: job.model.vocab)),
-    Rule("ffn", "tp", _divides("tp", "ffn", lambda job: job.model.ffn if job.model.dense_layers else 0)),
+    Rule("context parallelism", "cp", BOTH, _no_context_parallelism),
+    Rule("virtual stages", "vpp", BOTH, _no_virtual_stages),
+    Rule("layers", "pp", BOTH, _divides("pp", "layers", lambda job: job.model.layers)),
+    Rule("heads", "tp", BOTH, _divides("tp", "heads", lambda job: job.model.heads)),
+    Rule("kv_heads", "tp", BOTH, _kv_heads),
+    Rule("vocab", "tp", BOTH, _divides("tp", "vocab", lambda job: job.model.vocab)),
+    Rule("ffn", "tp", BOTH, _divides("tp", "ffn", lambda job: job.model.ffn if job.model.dense_layers else 0)),
     Rule(
         "shared_expert_ffn",
         "tp",
-        _divides("tp", "shared_expert_ffn", lambda job: job.model.shared_expert_ffn if job.model.is_moe else 0),
+        BOTH,
+        _divides("tp", "shared_expert_ffn", lambda job: job.model.shared_expert_ffn if _moe(job) else 0),
     ),
     # Sequence parallelism, which goes with tp, splits the sequence too.
-    Rule("sequence_length", "tp", _divides("tp", "sequence_length", lambda job: job.train.sequence_length)),
-    Rule("global_batch", "dp", _divides("dp", "global_batch", lambda job: job.train.global_batch)),
+    Rule("sequence_length", "tp", MEGATRON, _divides("tp", "sequence_length", lambda job: job.train.sequence_length)),
+    Rule("global_batch", "dp", BOTH, _divides("dp", "global_batch", lambda job: job.train.global_batch)),
 )
 
 EXPERT_RULES = (
-    Rule("dense model", "ep", _no_experts("ep")),
-    Rule("dense model", "etp", _no_experts("etp")),
-    Rule("experts", "ep", _divides("ep", "experts", lambda job: job.model.experts)),
-    Rule("expert_ffn", "etp", _divides("etp", "expert_ffn", lambda job: job.model.expert_ffn)),
+    Rule("dense model", "ep", BOTH, _no_experts("ep")),
+    Rule("dense model", "etp", BOTH, _no_experts("etp")),
+    Rule("experts", "ep", BOTH, _divides("ep", "experts", lambda job: job.model.experts)),
+    Rule("expert_ffn", "etp", BOTH, _divides("etp", "expert_ffn", lambda job: job.model.expert_ffn)),
 )
 
-
-def refusal(rules: tuple[Rule, ...], layout: Layout, job: JobSpec) -> tuple[Rule, str] | None:
-    """The first rule that the layout breaks, and how; None where it breaks none."""
-    for rule in rules:
-        reason = rule.reason(layout, job)
-        if reason is not None:
-            return rule, reason
-    return None
+BATCH_RULES: tuple[BatchRule, ...] = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
+from typing import Any
 
 from jobs.errors import InputError
 from jobs.spec import LayoutSpec
@@ -56,7 +57,8 @@ class Layout:
     @classmethod
     def of(cls, spec: LayoutSpec) -> Layout:
         """The layout of a resolved spec; degrees that it leaves None are 1."""
-        return cls(**{axis: degree for axis, degree in spec.model_dump(exclude={"micro_batch"}).items() if degree})
+        given: dict[str, Any] = dict(spec.degrees)
+        return cls(**given)
 
     @property
     def world(self) -> int:

@@ -9,8 +9,8 @@ from math import log2, prod
 from typing import Any
 
 from jobs.errors import InputError
-from jobs.spec import JobSpec, LayoutSpec
-from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, check_job, refusal
+from jobs.spec import DEGREES, JobSpec
+from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, batch_refusal, check_job, refusal
 from parallel.costs import TimeEstimate, estimate_time
 from parallel.hardware import GIB, hardware
 from parallel.layout import ATTENTION_AXES, Layout, divisors
@@ -102,8 +102,8 @@ def plan_job(job: JobSpec) -> Planning:
 
 def resolve(job: JobSpec, plan: Plan) -> JobSpec:
     """The job with every degree and the micro-batch filled in."""
-    degrees = {axis: plan.layout.degree(axis) for axis in LayoutSpec.model_fields if axis != "micro_batch"}
-    return job.model_copy(update={"layout": LayoutSpec(**degrees, micro_batch=plan.micro_batch)})
+    degrees = {axis: plan.layout.degree(axis) for axis in DEGREES}
+    return job.model_copy(update={"layout": job.layout.model_copy(update={**degrees, "micro_batch": plan.micro_batch})})
 
 
 class _Search:
@@ -145,7 +145,11 @@ class _Search:
             dp, rest = divmod(world, tp * cp * pp)
             if rest or dp not in choices["dp"]:
                 continue
-            mesh = Layout(tp=tp, cp=cp, dp=dp, pp=pp)
+            try:
+                mesh = Layout(tp=tp, cp=cp, dp=dp, pp=pp, vpp=fixed.vpp or 1)
+            except InputError as error:
+                self._reject("virtual stages", "vpp", error.rule)
+                continue
             refused = refusal(ATTENTION_RULES, mesh, self.job)
             if refused:
                 self._reject(refused[0].key, refused[0].axis, refused[1])
@@ -181,8 +185,13 @@ class _Search:
             return {}
         choices = (fixed,) if fixed else tuple(2**power for power in range((share & -share).bit_length()))
         limit = hardware(self.job.cluster.hardware, self.job.cluster.devices_per_node).memory_bytes
+        refusals = {micro_batch: batch_refusal(layout, self.job, share // micro_batch) for micro_batch in choices}
+        refused = refusals[choices[0]]
+        if refused and all(refusals.values()):
+            self._reject(refused[0].key, refused[0].axis, refused[1])
+            return {}
         fits: dict[int, MemoryEstimate] = {}
-        for micro_batch in choices:
+        for micro_batch in (each for each in choices if not refusals[each]):
             memory = estimate_memory(self.job, layout, micro_batch)
             if memory.total > limit:
                 break
@@ -221,7 +230,7 @@ def _nothing_runs(job: JobSpec, rejections: tuple[Rejection, ...]) -> InputError
 
 def _nearest_layout(job: JobSpec) -> dict[str, int]:
     """The fewest of the job's fixed degrees to change, by the smallest factors, so that it runs; {} if none helps."""
-    fixed = {axis: degree for axis, degree in job.layout.model_dump().items() if degree is not None}
+    fixed = {axis: degree for axis in (*DEGREES, "micro_batch") if (degree := getattr(job.layout, axis)) is not None}
     for number in range(1, len(fixed) + 1):
         best: tuple[float, dict[str, int]] | None = None
         # Of equally near choices the one that leaves the first degrees (tp before etp) as they are.

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from ranks import Ranks
+
+from orchestrator.worker.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from jobs import compose
 from jobs.errors import CombinedInputError, InputError
-from jobs.spec import JobSpec, LayoutSpec
+from jobs.spec import DEGREES, JobSpec
 from orchestrator import manifests
 from orchestrator.control import cluster
 from orchestrator.control.controller import Controller
@@ -94,7 +94,8 @@ def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
         raise CombinedInputError(refused)
     replanned = any(key.startswith(("layout", "cluster")) for key in keys)
     if replanned:
-        saved = saved.model_copy(update={"layout": LayoutSpec()})
+        free = saved.layout.model_copy(update=dict.fromkeys((*DEGREES, "micro_batch")))
+        saved = saved.model_copy(update={"layout": free})
     job = compose.amend(saved, overrides)
     if replanned:
         job = planner.resolve(job, planner.plan_job(job).plans[0])

@@ -23,6 +23,7 @@ RULES = ATTENTION_RULES + EXPERT_RULES
             "context parallelism",
             "cp=2: context parallelism is not available in the megatron",
         ),
+        ("quickstart", {}, {"pp": 2, "vpp": 2}, "virtual stages", "vpp=2: the interleaved schedule is not available"),
         ("quickstart", {}, {"pp": 3}, "layers", "pp=3 does not divide layers=4"),
         ("quickstart", {}, {"tp": 3}, "heads", "tp=3 does not divide heads=4"),
         ("quickstart", {}, {"tp": 4}, "kv_heads", "tp=4 exceeds kv_heads=2, which are not replicated"),
@@ -83,8 +84,8 @@ def test_what_runs(make_job: Any, model: str, layout: dict[str, int]) -> None:
             "engine=deepspeed: the deepspeed engine is not available yet; nearest valid: megatron",
         ),
         (
-            {"model": "deepseek_v3"},
-            "model.kv_lora_rank=512: the megatron engine does not run multi-latent attention yet; nearest valid: 0",
+            {"model": "deepseek_v3", "model_changes": {"router_bias": False, "router_score": "softmax"}},
+            "model.kv_lora_rank=512: no engine runs multi-latent attention yet; nearest valid: 0",
         ),
         (
             {"model_changes": {"router_bias": True}},
@@ -95,10 +96,6 @@ def test_what_runs(make_job: Any, model: str, layout: dict[str, int]) -> None:
             {"model_changes": {"router_score": "sigmoid"}},
             "model.router_score=sigmoid: the megatron engine does not score experts by sigmoid yet; "
             "nearest valid: softmax",
-        ),
-        (
-            {"layout": {"vpp": 2}},
-            "layout.vpp=2: the interleaved schedule is not available in the megatron engine yet; nearest valid: 1",
         ),
     ],
 )

@@ -6,6 +6,7 @@ import gc
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from jobs.spec import JobSpec
+from models.megatron_shards import megatron_shards
 from models.megatron_specs import build_model, transformer_config
+from models.weights import Shard, Source, drawn, fill
 from orchestrator.worker.engines.cuda_stand_in import install, repair_megatron
 from orchestrator.worker.engines.megatron_checkpoint import count_padding, load_sharded, save_sharded
 from orchestrator.worker.engines.protocol import Batch, StepResult
@@ -67,13 +70,14 @@ class MegatronEngine:
     parameters: int
 
     def __init__(self, job: JobSpec, layout: Layout, device: torch.device) -> None:
-        self._train, self._layout, self._device = job.train, layout, device
+        self._job, self._train, self._layout, self._device = job, job.train, layout, device
         self._reseed(0)
         config = transformer_config(job, layout)
         self._last_stage = parallel_state.is_pipeline_last_stage()
         self._model = build_model(
             job, config, device, first_stage=parallel_state.is_pipeline_first_stage(), last_stage=self._last_stage
         )
+        fill(self._shards(), drawn(job.model, self._train.seed))
         # Float16Module is named by Megatron for what it does to inputs and outputs too: fp32 logits, bf16 between.
         module = Float16Module(config, self._model) if config.bf16 else self._model
         self._chunk = DistributedDataParallel(
@@ -128,11 +132,22 @@ class MegatronEngine:
         dist.broadcast(loss, src=self._layout.world - 1)
         return loss.item()
 
+    def set_weights(self, source: Source) -> None:
+        fill(self._shards(), source)
+        self._optimizer.reload_model_params()
+
+    def weights(self) -> Iterator[Shard]:
+        for shard in self._shards():
+            yield replace(shard, part=shard.read())
+
     def save(self, folder: Path) -> None:
         save_sharded(self._model, self._optimizer, folder)
 
     def load(self, folder: Path) -> None:
         load_sharded(self._model, self._optimizer, folder)
+
+    def _shards(self) -> Iterator[Shard]:
+        return megatron_shards(self._model, self._job.model, self._layout, dist.get_rank())
 
     def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> torch.Tensor:
         """Mean loss [] over all ranks' batches, float64, right on the last stage; leaves finalised gradients."""

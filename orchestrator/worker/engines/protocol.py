@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from models.weights import Shard, Source
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,9 @@ class Batch:
     labels: np.ndarray
     loss_mask: np.ndarray
     """float32, 1 where a label counts."""
+    documents: np.ndarray | None = None
+    """int64, ascending along a row: which of the row's documents a token is of. It attends to its own only, and its
+    position counts from its document's first token in the row. None: each row is one document."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,15 @@ class Engine(Protocol):
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean cross-entropy over all ranks' batches, nats; leaves the training state as it was."""
+
+    def set_weights(self, source: Source) -> None:
+        """Begin from other weights: every block of this rank is set to what `source` gives; optimizer state is new."""
+
+    def weights(self) -> Iterator[Shard]:
+        """Copies of this rank's blocks of `jobs.tensors`, in fp32 where the engine keeps that.
+
+        Over all ranks they cover every tensor; replicas hold the same blocks.
+        """
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state, resharding-ready, under `folder` (on a disk that all ranks share)."""

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks
 
 from jobs.architecture import ModelArchitecture
 from jobs.spec import CheckpointSpec, ClusterSpec, DataSpec, JobSpec, LayoutSpec, PolicySpec, TrainSpec
 from orchestrator.worker.engines.megatron import build
 from orchestrator.worker.engines.protocol import Batch
+from orchestrator.worker.ranks import Ranks
 from parallel.layout import Layout
 
 STEPS, HALF = 8, 4
