@@ -32,7 +32,6 @@ class Block:
         return float(np.linalg.norm((self.values.astype(np.float64) - same).ravel()))
 
 
-
 @dataclass(frozen=True)
 class Trial:
     """A job with every degree and the micro-batch filled in, to be trained as it is."""
@@ -79,7 +78,6 @@ def train_rank(rank: int, trial: Trial) -> Trained:
         if trial.tell and rank == 0:
             print(json.dumps({"step": step, "loss": result.loss, "grad_norm": result.grad_norm}), flush=True)
     return Trained(losses, grad_norms, [_block(shard) for shard in engine.weights()])
-
 
 
 def _engine(name: str) -> Any:
