@@ -43,6 +43,8 @@ class _Event:
 class _Stream:
     """The one queue of a CPU: the order of the program."""
 
+    def __init__(self, device: torch.device | None = None) -> None: ...
+
     def record_event(self, event: _Event | None = None) -> _Event:
         return event or _Event()
 
