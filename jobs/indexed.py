@@ -82,8 +82,7 @@ def read(prefix: str) -> IndexedTokens:
 
     Raises InputError for files that are missing, truncated (with the byte), or of another format.
     """
-    idx, binary = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    _check_there(prefix, idx, binary)
+    binary, idx = files(prefix)
     try:
         size, whole = binary.stat().st_size, idx.stat().st_size
         with idx.open("rb") as stream:
@@ -127,16 +126,19 @@ def read(prefix: str) -> IndexedTokens:
     return IndexedTokens(prefix, dtype, np.concatenate([[0], ends])[firsts[1:]])
 
 
-def _check_there(prefix: str, idx: Path, binary: Path) -> None:
+def files(prefix: str) -> tuple[Path, Path]:
+    """The .bin and the .idx of a prefix; InputError unless both are there."""
     if "://" in prefix:
         raise InputError("data.indexed", prefix, "is mapped into memory: it is a path, on a disk that every node has")
     if prefix.endswith((".bin", ".idx")):
         raise InputError("data.indexed", prefix, "is the path of both files, without the ending", prefix[:-4])
-    missing = [path for path in (binary, idx) if not path.is_file()]
+    both = binary, idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    missing = [path for path in both if not path.is_file()]
     if missing:
         others = {str(path.with_suffix("")) for path in idx.parent.glob("*.idx")}
         rule = f"there is no {' and no '.join(map(str, missing))}"
         raise InputError("data.indexed", prefix, rule, closest(prefix, others - {prefix}))
+    return binary, idx
 
 
 def _dtype(prefix: str, idx: Path, magic: bytes, version: int, code: int) -> np.dtype[np.generic]:

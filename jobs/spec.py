@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from jobs.architecture import ModelArchitecture, Spec
 
-
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

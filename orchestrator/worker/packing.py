@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Packing:
-    """Row k holds the pieces `bounds[k]` to `bounds[k + 1]`, in the order of the text; what is left of it is padding."""
+    """Row k holds the pieces bounds[k]..bounds[k + 1] - 1, in the order of the text; what is left of it is padding."""
 
     starts: np.ndarray
     """int64 [pieces]: the token that a piece begins with."""
