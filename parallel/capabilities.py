@@ -85,6 +85,20 @@ def batch_refusal(layout: Layout, job: JobSpec, micro_batches: int) -> tuple[Bat
     return None
 
 
+def why_refused(job: JobSpec) -> str | None:
+    """The first reason why a job with every degree and the micro-batch given cannot run as it is; None: it can."""
+    try:
+        check_job(job)
+        layout = Layout.of(job.layout)
+    except InputError as error:
+        return error.rule
+    share, micro_batch = job.train.global_batch // layout.dp, job.layout.micro_batch or 1
+    if share % micro_batch:
+        return f"micro_batch={micro_batch} does not divide global_batch/dp={job.train.global_batch}/{layout.dp}={share}"
+    broken = refusal(ATTENTION_RULES + EXPERT_RULES, layout, job) or batch_refusal(layout, job, share // micro_batch)
+    return broken[1] if broken else None
+
+
 # Jobs.
 
 

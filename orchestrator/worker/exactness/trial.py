@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +38,6 @@ class Trial:
     """A job with every degree and the micro-batch filled in, to be trained as it is."""
 
     job: JobSpec
-    packed: bool = False
-    """Rows hold several documents."""
     tell: bool = False
     """Rank 0 prints a JSON line a step."""
 
@@ -70,7 +69,7 @@ def train_rank(rank: int, trial: Trial) -> Trained:
     at = layout.coordinates(rank)["dp"]
     losses, grad_norms = [], []
     for step in range(1, job.train.steps + 1):
-        whole = global_batch(job, step, packed=trial.packed)
+        whole = global_batch(job, step)
         mine = micro_batches(whole, at, layout.dp, job.layout.micro_batch)
         result = engine.train_step(step, learning_rate(job.train, step), mine)
         losses.append(result.loss)
@@ -81,9 +80,7 @@ def train_rank(rank: int, trial: Trial) -> Trained:
 
 
 def _engine(name: str) -> Any:
-    from orchestrator.worker.engines import megatron
-
-    return megatron
+    return importlib.import_module(f"orchestrator.worker.engines.{name}")
 
 
 def _block(shard: Shard) -> Block:
