@@ -41,7 +41,7 @@ def check(job: JobSpec, shrunk: Shrunk, *, quiet: bool) -> dict[str, Any]:
     changes = {change.path: {"before": change.before, "after": change.after} for change in shrunk.changes}
     found = {"job": job.name, "engine": job.engine, "seed": oracle["seed"], "changes": changes, **verdict}
     if not quiet:
-        _closing(job, verdict)
+        _closing(shrunk.job, verdict)
     return found
 
 
@@ -57,7 +57,7 @@ def _opening(job: JobSpec, shrunk: Shrunk) -> None:
     print(f"{'step':>7}  {'loss':>8}  {'oracle':>8}  {'grad norm':>9}  {'oracle':>9}", flush=True)
 
 
-def _closing(job: JobSpec, verdict: dict[str, Any]) -> None:
+def _closing(small: JobSpec, verdict: dict[str, Any]) -> None:
     print()
     rows = []
     for key, name in _KINDS:
@@ -67,10 +67,11 @@ def _closing(job: JobSpec, verdict: dict[str, Any]) -> None:
     headings = [("largest relative deviation", False), ("", True), ("bar", True), ("", False), ("at", False)]
     print_table(None, headings, rows)
     print()
+    what = f"{small.name}, made small, at {Layout.of(small.layout).label}"
     if verdict["exact"]:
-        print(f"exact: {job.name} trains at this layout as on one device")
+        print(f"exact: {what} trains as on one device")
     else:
-        print(f"NOT EXACT: {job.name} at this layout is another training run than on one device")
+        print(f"NOT EXACT: {what} is another training run than on one device")
 
 
 def _told(job: JobSpec) -> Iterator[dict[str, Any]]:
