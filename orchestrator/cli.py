@@ -98,7 +98,7 @@ def _check_here(job: Any) -> None:
     from orchestrator.control import cluster
 
     cluster.check_embedded(job.cluster)
-    corpus.check(job.data)
+    corpus.check(job.data, job.train)
     corpus.check_vocabulary(job.data, job.model.vocab)
 
 

@@ -50,6 +50,7 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> MegatronEngine:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        num_distributed_optimizer_instances=job.layout.optimizer_replicas,
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=False,
     )
@@ -82,7 +83,11 @@ class MegatronEngine:
         module = Float16Module(config, self._model) if config.bf16 else self._model
         self._chunk = DistributedDataParallel(
             config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                num_distributed_optimizer_instances=job.layout.optimizer_replicas,
+            ),
             module,
         )
         count_padding(self._chunk)
@@ -195,11 +200,13 @@ class MegatronEngine:
         model_parallel_cuda_manual_seed(seed)
 
     def _count_parameters(self) -> int:
-        """Every element once: a replica that is not the first, and the last stage's tied embedding, do not count."""
+        """Every trained element once: not replicas beyond the first, nor the last stage's tied embedding."""
         held = sum(
             entry.data.numel()
-            for entry in self._model.sharded_state_dict().values()
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and not any(entry.replica_id)
+            for name, entry in self._model.sharded_state_dict().items()
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+            and not any(entry.replica_id)
+            and not name.endswith(".expert_bias")
         )
         total = torch.tensor(held, device=self._device)
         dist.all_reduce(total)
