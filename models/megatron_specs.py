@@ -1,7 +1,8 @@
 """A decoder-only transformer for Megatron-Core without TransformerEngine: its configuration and its parts.
 
 Megatron takes a model as a tree of module specs, and asks a provider for the modules. The one given here names
-Megatron's own parallel linears, torch's fused RMSNorm and `scaled_dot_product_attention`, and one MLP an expert.
+Megatron's own parallel linears, torch's fused RMSNorm, the attention of `models.megatron_attention`, and one MLP an
+expert.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from jobs.architecture import ModelArchitecture
 from jobs.spec import JobSpec, LayoutSpec
+from models.megatron_attention import GATHER, RING, CausalAttention, rotate_as_called
 from parallel.layout import Layout
 
 # Said by Megatron and, about Megatron, by torch, of things that are meant to be as they are.
@@ -33,6 +35,7 @@ for _message, _category in (
 # compiler at run time, and of these functions only a part of the router that does nothing would ever be called here.
 _compile, torch.compile = torch.compile, lambda function, **options: function
 try:
+    from megatron.core import parallel_state
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -72,33 +75,6 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
 
 
-class CausalAttention(torch.nn.Module):
-    """Causal core attention by `scaled_dot_product_attention`, which does not hold the score matrix in memory.
-
-    Takes query [sequence, batch, heads, head_dim] and key, value [sequence, batch, kv_heads, head_dim] of this rank's
-    heads; gives [sequence, batch, heads * head_dim]. Query head i reads key head i // (heads // kv_heads).
-    """
-
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **unused: Any) -> None:
-        super().__init__()
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **unused: Any,
-    ) -> torch.Tensor:
-        grouped = query.shape[2] != key.shape[2]
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
 def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
     """Megatron's configuration of `job.model` at `layout`: SwiGLU, RMSNorm, no dropout, no fused kernels."""
     model, train = job.model, job.train
@@ -128,7 +104,10 @@ def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
         bf16=train.precision == "bf16",
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=bool(layout.sp),
+        context_parallel_size=layout.cp,
+        cp_comm_type=RING if job.layout.context_attention == "ring" else GATHER,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         # These fusions want Apex, TransformerEngine or torch.compile.
@@ -202,11 +181,11 @@ class Provider(LocalSpecProvider):
         return LeanExperts if lean else SequentialMLP, linears
 
 
-def layer_specs(job: JobSpec, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage, and the final norm."""
+def layer_specs(job: JobSpec, config: TransformerConfig, virtual_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage, or of one of its virtual stages, and the final norm."""
     model, provider = job.model, Provider(job.layout)
-    start = get_transformer_layer_offset(config)
-    stage = range(start, start + get_num_layers_to_build(config))
+    start = get_transformer_layer_offset(config, virtual_stage)
+    stage = range(start, start + get_num_layers_to_build(config, virtual_stage))
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(model, provider, is_moe=index >= model.dense_layers) for index in stage],
         layer_norm=provider.layer_norm(),
@@ -241,23 +220,26 @@ def _layer_spec(model: ModelArchitecture, provider: Provider, *, is_moe: bool) -
 
 
 def build_model(
-    job: JobSpec, config: TransformerConfig, device: torch.device, *, first_stage: bool, last_stage: bool
+    job: JobSpec, config: TransformerConfig, device: torch.device, virtual_stage: int | None = None
 ) -> GPTModel:
-    """This rank's part of the model, its weights yet to be set.
+    """This rank's part of the model, or one virtual stage of it, its weights yet to be set.
 
-    Wants megatron.core.parallel_state initialised. Gives logits' cross-entropy [batch, sequence] for labels.
+    Wants megatron.core.parallel_state initialised. Called with tokens, positions, documents and labels, see
+    `models.megatron_attention`; gives logits' cross-entropy [batch, sequence].
     """
+    at = {"ignore_virtual": False, "vp_stage": virtual_stage}
     model = GPTModel(
         config=config,
-        transformer_layer_spec=layer_specs(job, config),
+        transformer_layer_spec=layer_specs(job, config, virtual_stage),
         vocab_size=job.model.vocab,
         max_sequence_length=job.train.sequence_length,
-        pre_process=first_stage,
-        post_process=last_stage,
+        pre_process=parallel_state.is_pipeline_first_stage(**at),
+        post_process=parallel_state.is_pipeline_last_stage(**at),
         share_embeddings_and_output_weights=job.model.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=job.model.rope_theta,
+        vp_stage=virtual_stage,
     ).to(device)
+    rotate_as_called(model, job.model.head_dim, job.model.rope_theta)
     for name, parameter in model.named_parameters():
         # Megatron clears `allreduce` only if ep > 1. Where experts are replicated over more ranks than dense weights
         # (etp * ep < tp) their gradients would be summed over too few; this sends them to the expert's own group, and
