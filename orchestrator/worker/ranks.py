@@ -18,7 +18,9 @@ class Ranks:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pytest", "orchestrator.worker.engines.megatron"])
+        self._context.set_forkserver_preload(
+            ["pytest", "orchestrator.worker.engines.megatron", "orchestrator.worker.engines.deepspeed"]
+        )
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
         """What `function(rank, *args)` returned on each of `world` gloo ranks.

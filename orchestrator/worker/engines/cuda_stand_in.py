@@ -44,6 +44,8 @@ class _Event:
 class _Stream:
     """The one queue of a CPU: the order of the program."""
 
+    def __init__(self, device: torch.device | None = None) -> None: ...
+
     def record_event(self, event: _Event | None = None) -> _Event:
         return event or _Event()
 
@@ -155,6 +157,8 @@ def repair_megatron() -> None:
     # tensors (CPU).
     if not hasattr(token_dispatcher.all_to_all, "__wrapped__"):
         token_dispatcher.all_to_all = _with_int_splits(token_dispatcher.all_to_all)
+    # Its default, False, is taken for a wish for fp8, which calls into TransformerEngine.
+    megatron_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     # With torch's AdamW the distributed optimizer cannot resume; with one like Apex's it can. See AdamW.
     megatron.core.optimizer.Adam = distrib_optimizer.Adam = AdamW
     megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -54,6 +54,7 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> MegatronEngine:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        num_distributed_optimizer_instances=job.layout.optimizer_replicas,
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=False,
     )
@@ -152,12 +153,15 @@ class MegatronEngine:
         for model in self._models:
             yield from megatron_shards(model, self._job.model, self._layout, dist.get_rank())
 
-    @staticmethod
-    def _distributed(config: TransformerConfig, model: GPTModel) -> DistributedDataParallel:
+    def _distributed(self, config: TransformerConfig, model: GPTModel) -> DistributedDataParallel:
         # Float16Module is named by Megatron for what it does to inputs and outputs too: fp32 logits, bf16 between.
         chunk = DistributedDataParallel(
             config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                num_distributed_optimizer_instances=self._job.layout.optimizer_replicas,
+            ),
             Float16Module(config, model) if config.bf16 else model,
         )
         count_padding(chunk)
@@ -205,12 +209,14 @@ class MegatronEngine:
         model_parallel_cuda_manual_seed(seed)
 
     def _count_parameters(self) -> int:
-        """Every element once: a replica that is not the first, and the last stage's tied embedding, do not count."""
+        """Every trained element once: not replicas beyond the first, nor the last stage's tied embedding."""
         held = sum(
             entry.data.numel()
             for model in self._models
-            for entry in model.sharded_state_dict().values()
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and not any(entry.replica_id)
+            for name, entry in model.sharded_state_dict().items()
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+            and not any(entry.replica_id)
+            and not name.endswith(".expert_bias")
         )
         total = torch.tensor(held, device=self._device)
         dist.all_reduce(total)
