@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ import torch
 from jobs.spec import JobSpec
 from models.weights import Shard
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
+from orchestrator.worker.main import import_engine
 from orchestrator.worker.ranks import Ranks
 from orchestrator.worker.schedule import learning_rate
 from parallel.layout import Layout
@@ -65,7 +64,7 @@ def train_rank(rank: int, trial: Trial) -> Trained:
     job, layout = trial.job, Layout.of(trial.job.layout)
     assert job.layout.micro_batch is not None, "the job is resolved"
     device = torch.device("cuda", torch.cuda.current_device()) if job.cluster.device == "cuda" else torch.device("cpu")
-    engine = _engine(job.engine).build(job, layout, device)
+    engine = import_engine(job.engine, job.cluster.device).build(job, layout, device)
     at = layout.coordinates(rank)["dp"]
     losses, grad_norms = [], []
     for step in range(1, job.train.steps + 1):
@@ -77,10 +76,6 @@ def train_rank(rank: int, trial: Trial) -> Trained:
         if trial.tell and rank == 0:
             print(json.dumps({"step": step, "loss": result.loss, "grad_norm": result.grad_norm}), flush=True)
     return Trained(losses, grad_norms, [_block(shard) for shard in engine.weights()])
-
-
-def _engine(name: str) -> Any:
-    return importlib.import_module(f"orchestrator.worker.engines.{name}")
 
 
 def _block(shard: Shard) -> Block:
