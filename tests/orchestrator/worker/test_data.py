@@ -204,6 +204,13 @@ def test_what_the_tokenizers_library_refuses_is_named(tmp_path: Path) -> None:
         open_data(spec(tmp_path, tokenizer=f"{tmp_path}/tokenizer.json"), train(), 300)
 
 
+def test_text_without_a_token_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"a.txt": " \n"})
+    data = spec(tmp_path, tokenizer=word_level(tmp_path, {"?": 0}))
+    with pytest.raises(InputError, match=r"data\.tokenizer=.* makes no token of the text of 1 files"):
+        open_data(data, train(), 257)
+
+
 def test_changed_text_is_tokenised_again(tmp_path: Path) -> None:
     write(tmp_path, {"a.txt": "x" * 100})
     before = open_data(spec(tmp_path), train(), 257)

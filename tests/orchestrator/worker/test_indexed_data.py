@@ -15,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from jobs.errors import InputError
 from jobs.spec import DataSpec, TrainSpec
+from orchestrator.worker import token_cache
 from orchestrator.worker.data import Data, open_data
 from orchestrator.worker.order import Blend, permuted
 
@@ -159,6 +160,21 @@ def test_an_id_that_the_model_has_not_is_found(tmp_path: Path, token: int, said:
         assert open_data(spec(tmp_path, {"set": 1}), train(), 258).train_tokens == 107
         with pytest.raises(InputError, match="in document 2"):
             open_data(spec(tmp_path, {"set": 1}), train(), 257)
+
+
+def test_of_a_very_large_set_a_part_is_looked_at_and_the_rest_as_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_cache, "PIECE", 10)
+    monkeypatch.setattr(token_cache, "MOST_PIECES", 3)
+    write(tmp_path / "set", [[1] * 10, [2] * 10, [3] * 9 + [400], [1] * 15])  # pieces 0, 2 and 4
+    with pytest.raises(InputError, match=r"token 29 .* in document 2, is 400"):
+        open_data(spec(tmp_path, {"set": 1}), train(), 257)
+    write(tmp_path / "set", [[1] * 10, [2] * 9 + [400], [3] * 10, [1] * 15])
+    data = open_data(spec(tmp_path, {"set": 1}), train(5, 8), 257)
+    assert data.unigram_entropy == pytest.approx(-0.6 * math.log(0.6) - 0.4 * math.log(0.4))
+    with pytest.raises(InputError, match=r"token 19 .* in document 1, is 400"):
+        data.batches(1, 0, 1, 8)
 
 
 def test_changed_files_are_looked_through_again(tmp_path: Path) -> None:
