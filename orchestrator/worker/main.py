@@ -9,10 +9,14 @@ import signal
 import time
 import traceback
 from types import FrameType, ModuleType
+from typing import TYPE_CHECKING
 
 from jobs.errors import InputError
 from orchestrator.messages import LEFT_ON_REQUEST, RankLaunch, StepReport
 from orchestrator.worker.reporter import Reporter
+
+if TYPE_CHECKING:
+    from orchestrator.worker.engines.protocol import Engine
 
 
 def import_engine(engine: str, device: str) -> ModuleType:
@@ -91,11 +95,14 @@ class _Rank:
         text = data.open_data(job.data, train, job.model.vocab)
         checkpoints = Checkpoints(self._launch, layout, self._reporter)
         start = checkpoints.restore(engine)
+        if start == 0 and job.init_from is not None:
+            self._read_weights(engine, job.init_from)
         if self._launch.rank == 0:
             self._reporter.event(
                 "training_started",
                 f"training from step {start + 1} of {train.steps}",
                 start_step=start,
+                init_from=job.init_from,
                 parameters=engine.parameters,
                 unigram_entropy=text.unigram_entropy,
                 train_tokens=text.train_tokens,
@@ -148,6 +155,15 @@ class _Rank:
             if stop and not last:
                 return LEFT_ON_REQUEST
         return 0
+
+    def _read_weights(self, engine: Engine, folder: str) -> None:
+        from models.huggingface import source
+
+        began = time.monotonic()
+        engine.set_weights(source(folder, self._job.model))
+        if self._launch.rank == 0:
+            seconds = time.monotonic() - began
+            self._reporter.event("weights_read", f"weights read from {folder} in {seconds:.2f} s", seconds=seconds)
 
     def _join(self, store_fd: int | None) -> None:
         """Rendezvous over the store whose socket the agent of the first node opened."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,21 +30,27 @@ def count_padding(chunk: DistributedDataParallel) -> None:
             bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def save_sharded(model: torch.nn.Module, optimizer: MegatronOptimizer, folder: Path) -> None:
+def save_sharded(models: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path) -> None:
     """Collective. Write into the existing `folder`, on a disk that all ranks share."""
-    write_files(_state(model, optimizer, is_loading=False), folder)
+    write_files(_state(models, optimizer, is_loading=False), folder)
 
 
-def load_sharded(model: torch.nn.Module, optimizer: MegatronOptimizer, folder: Path) -> None:
+def load_sharded(models: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path) -> None:
     """Collective. Restore what `save_sharded` wrote."""
-    state = dist_checkpointing.load(_state(model, optimizer, is_loading=True), str(folder))
-    model.load_state_dict(state["model"])
+    state = dist_checkpointing.load(_state(models, optimizer, is_loading=True), str(folder))
+    for name, model in _named(models):
+        model.load_state_dict(state["model"][name])
     optimizer.load_state_dict(state["optimizer"])
 
 
-def _state(model: torch.nn.Module, optimizer: MegatronOptimizer, *, is_loading: bool) -> ShardedStateDict:
-    weights = model.sharded_state_dict()
+def _state(models: list[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool) -> ShardedStateDict:
+    weights = {name: model.sharded_state_dict() for name, model in _named(models)}
     return {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_FORMAT),
     }
+
+
+def _named(models: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
+    """This rank's virtual stages. The files do not know of them: tensors are named by layers of the whole model."""
+    return ((f"stage{index}", model) for index, model in enumerate(models))
