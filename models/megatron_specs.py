@@ -1,18 +1,21 @@
 """A decoder-only transformer for Megatron-Core without TransformerEngine: its configuration and its parts.
 
-Megatron takes a model as a tree of module specs. Those given here use Megatron's own parallel linears, router and
-all-to-all dispatcher, torch's fused RMSNorm and `scaled_dot_product_attention`, and one MLP an expert.
+Megatron takes a model as a tree of module specs, and asks a provider for the modules. The one given here names
+Megatron's own parallel linears, torch's fused RMSNorm, the attention of `models.megatron_attention`, and one MLP an
+expert.
 """
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 
 from jobs.architecture import ModelArchitecture
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, LayoutSpec
+from models.megatron_attention import GATHER, RING, CausalAttention, rotate_as_called
 from parallel.layout import Layout
 
 # Said by Megatron and, about Megatron, by torch, of things that are meant to be as they are.
@@ -24,6 +27,7 @@ for _message, _category in (
     (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
     (r"`load_state_dict` is deprecated and will be removed", FutureWarning),
     (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
+    (r"If you are using transformer_engine as the transformer implementation, the core_attn", UserWarning),
 ):
     warnings.filterwarnings("ignore", _message, _category)
 
@@ -31,15 +35,15 @@ for _message, _category in (
 # compiler at run time, and of these functions only a part of the router that does nothing would ever be called here.
 _compile, torch.compile = torch.compile, lambda function, **options: function
 try:
+    from megatron.core import parallel_state
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.moe.experts import SequentialMLP
-    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -48,6 +52,8 @@ try:
         TransformerLayerSubmodules,
         get_transformer_layer_offset,
     )
+
+    from models.megatron_moe import LeanExperts, Router
 finally:
     torch.compile = _compile
 
@@ -69,38 +75,11 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
 
 
-class CausalAttention(torch.nn.Module):
-    """Causal core attention by `scaled_dot_product_attention`, which does not hold the score matrix in memory.
-
-    Takes query [sequence, batch, heads, head_dim] and key, value [sequence, batch, kv_heads, head_dim] of this rank's
-    heads; gives [sequence, batch, heads * head_dim]. Query head i reads key head i // (heads // kv_heads).
-    """
-
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **unused: Any) -> None:
-        super().__init__()
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **unused: Any,
-    ) -> torch.Tensor:
-        grouped = query.shape[2] != key.shape[2]
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
 def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
     """Megatron's configuration of `job.model` at `layout`: SwiGLU, RMSNorm, no dropout, no fused kernels."""
     model, train = job.model, job.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
         num_attention_heads=model.heads,
@@ -125,7 +104,10 @@ def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
         bf16=train.precision == "bf16",
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=bool(layout.sp),
+        context_parallel_size=layout.cp,
+        cp_comm_type=RING if job.layout.context_attention == "ring" else GATHER,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         # These fusions want Apex, TransformerEngine or torch.compile.
@@ -136,11 +118,25 @@ def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
         apply_rope_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],
-        **(_moe_options(model) if model.is_moe else {}),
+        **_recompute_options(job.layout),
+        **(_moe_options(model, job.layout) if model.is_moe else {}),
     )
+    # Not given above, since Megatron would refuse it with softmax, which its own router has no bias for.
+    config.moe_router_enable_expert_bias = model.is_moe and model.router_bias
+    return config
 
 
-def _moe_options(model: ModelArchitecture) -> dict[str, Any]:
+def _recompute_options(layout: LayoutSpec) -> dict[str, Any]:
+    if layout.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if layout.recompute == "selective":
+        # Experts' activations are LeanExperts' own affair.
+        modules = [module for module in layout.recompute_modules if module != "moe_act"]
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
+    return {}
+
+
+def _moe_options(model: ModelArchitecture, layout: LayoutSpec) -> dict[str, Any]:
     return {
         "num_moe_experts": model.experts,
         "moe_ffn_hidden_size": model.expert_ffn,
@@ -148,13 +144,12 @@ def _moe_options(model: ModelArchitecture) -> dict[str, Any]:
         "moe_layer_freq": [0] * model.dense_layers + [1] * model.moe_layers if model.dense_layers else 1,
         "moe_shared_expert_intermediate_size": model.shared_expert_ffn or None,
         "moe_shared_expert_gate": model.shared_expert_gate,
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": layout.dispatcher,
+        "moe_expert_capacity_factor": model.capacity_factor or None,  # for dispatchers: they cannot count on top_k
+        # How scores become weights is said by models.megatron_moe.Router alone; without this top_k=1 would be refused.
+        "moe_router_pre_softmax": True,
         "moe_router_dtype": "fp32",
-        "moe_router_score_function": model.router_score,
-        # Softmax over the chosen logits is softmax over all, normalised over the chosen.
-        "moe_router_pre_softmax": model.router_score == "softmax" and not model.router_normalize_top_k,
-        "moe_router_topk_scaling_factor": model.router_scale if model.router_scale != 1 else None,
-        "moe_router_enable_expert_bias": model.router_bias,
+        "moe_router_bias_update_rate": model.router_bias_rate,
         # Balanced within each sequence, so that the loss does not depend on how a batch is cut (DeepSeek-V2, 2024).
         "moe_router_load_balancing_type": "seq_aux_loss" if model.aux_loss else "none",
         "moe_aux_loss_coeff": model.aux_loss,
@@ -166,43 +161,58 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage, and the final norm."""
-    pattern = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
-    if config.num_moe_experts is None:
-        pattern = [0] * config.num_layers
-    start = get_transformer_layer_offset(config)
-    stage = pattern[start : start + get_num_layers_to_build(config)]
+class Provider(LocalSpecProvider):
+    """Names the modules that Megatron's layers are made of, in place of TransformerEngine's."""
+
+    def __init__(self, layout: LayoutSpec) -> None:
+        self._layout = layout
+
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return CausalAttention
+
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+    ) -> tuple[type, MLPSubmodules]:
+        lean = self._layout.recompute == "selective" and "moe_act" in self._layout.recompute_modules
+        linears = MLPSubmodules(linear_fc1=self.column_parallel_linear(), linear_fc2=self.row_parallel_linear())
+        return LeanExperts if lean else SequentialMLP, linears
+
+
+def layer_specs(job: JobSpec, config: TransformerConfig, virtual_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage, or of one of its virtual stages, and the final norm."""
+    model, provider = job.model, Provider(job.layout)
+    start = get_transformer_layer_offset(config, virtual_stage)
+    stage = range(start, start + get_num_layers_to_build(config, virtual_stage))
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(config, is_moe=bool(is_moe)) for is_moe in stage], layer_norm=RMSNorm
+        layer_specs=[_layer_spec(model, provider, is_moe=index >= model.dense_layers) for index in stage],
+        layer_norm=provider.layer_norm(),
     )
 
 
-def _layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    mlp = ModuleSpec(module=MLP, submodules=linears)
+def _layer_spec(model: ModelArchitecture, provider: Provider, *, is_moe: bool) -> ModuleSpec:
+    mlp = get_mlp_module_spec_for_backend(provider, num_experts=model.experts if is_moe else None)
     if is_moe:
-        parts = MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=linears),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
-        )
-        mlp = ModuleSpec(module=MoELayer, submodules=parts)
+        mlp.submodules.router = partial(Router, model)
+    head_norm = provider.layer_norm(for_qk=True) if model.qk_norm else None
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=CausalAttention,
-        linear_proj=RowParallelLinear,
-        q_layernorm=RMSNorm if config.qk_layernorm else None,
-        k_layernorm=RMSNorm if config.qk_layernorm else None,
+        linear_qkv=provider.column_parallel_linear(),
+        core_attention=provider.core_attention(),
+        linear_proj=provider.row_parallel_linear(),
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=provider.layer_norm(),
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=provider.layer_norm(),
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
@@ -210,23 +220,26 @@ def _layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
 
 
 def build_model(
-    job: JobSpec, config: TransformerConfig, device: torch.device, *, first_stage: bool, last_stage: bool
+    job: JobSpec, config: TransformerConfig, device: torch.device, virtual_stage: int | None = None
 ) -> GPTModel:
-    """This rank's part of the model, its weights yet to be set.
+    """This rank's part of the model, or one virtual stage of it, its weights yet to be set.
 
-    Wants megatron.core.parallel_state initialised. Gives logits' cross-entropy [batch, sequence] for labels.
+    Wants megatron.core.parallel_state initialised. Called with tokens, positions, documents and labels, see
+    `models.megatron_attention`; gives logits' cross-entropy [batch, sequence].
     """
+    at = {"ignore_virtual": False, "vp_stage": virtual_stage}
     model = GPTModel(
         config=config,
-        transformer_layer_spec=layer_specs(config),
+        transformer_layer_spec=layer_specs(job, config, virtual_stage),
         vocab_size=job.model.vocab,
         max_sequence_length=job.train.sequence_length,
-        pre_process=first_stage,
-        post_process=last_stage,
+        pre_process=parallel_state.is_pipeline_first_stage(**at),
+        post_process=parallel_state.is_pipeline_last_stage(**at),
         share_embeddings_and_output_weights=job.model.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=job.model.rope_theta,
+        vp_stage=virtual_stage,
     ).to(device)
+    rotate_as_called(model, job.model.head_dim, job.model.rope_theta)
     for name, parameter in model.named_parameters():
         # Megatron clears `allreduce` only if ep > 1. Where experts are replicated over more ranks than dense weights
         # (etp * ep < tp) their gradients would be summed over too few; this sends them to the expert's own group, and

@@ -1,8 +1,9 @@
-"""Runs a function on several ranks at once, forked from a process that already holds torch and Megatron."""
+"""Runs a function on several ranks at once, forked from a process that already holds torch and the engines."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from jobs.architecture import ModelArchitecture
 from jobs.spec import CheckpointSpec, ClusterSpec, DataSpec, JobSpec, LayoutSpec, PolicySpec, TrainSpec
-from models.megatron_specs import CausalAttention, RMSNorm, transformer_config
+from models.megatron_attention import CausalAttention
+from models.megatron_specs import RMSNorm, transformer_config
 from parallel.layout import Layout
 
 MODEL = {
@@ -39,6 +42,13 @@ def job(**changes: object) -> JobSpec:
     )
 
 
+@pytest.fixture
+def one_rank() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
 def test_rms_norm_is_root_mean_square_in_plain_torch() -> None:
     torch.manual_seed(0)
     norm = RMSNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True), hidden_size=24, eps=1e-3)
@@ -50,12 +60,12 @@ def test_rms_norm_is_root_mean_square_in_plain_torch() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_causal_attention_is_masked_softmax_over_grouped_heads(kv_heads: int) -> None:
+def test_causal_attention_is_masked_softmax_over_grouped_heads(one_rank: dist.ProcessGroup, kv_heads: int) -> None:
     torch.manual_seed(0)
     sequence, batch, heads, width = 7, 2, 6, 8
     query = torch.randn(sequence, batch, heads, width)
     key, value = torch.randn(2, sequence, batch, kv_heads, width)
-    found = CausalAttention(SimpleNamespace())(query, key, value)
+    found = CausalAttention(SimpleNamespace(), pg_collection=SimpleNamespace(cp=one_rank))(query, key, value)
     shared = [part.repeat_interleave(heads // kv_heads, dim=2) for part in (key, value)]
     scores = torch.einsum("qbnd,kbnd->bnqk", query, shared[0]) / math.sqrt(width)
     scores = scores.masked_fill(torch.ones(sequence, sequence).triu(1).bool(), -math.inf)

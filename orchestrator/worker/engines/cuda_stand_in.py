@@ -17,6 +17,7 @@ import megatron.core.optimizer
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import distrib_optimizer
+from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -42,6 +43,8 @@ class _Event:
 
 class _Stream:
     """The one queue of a CPU: the order of the program."""
+
+    def __init__(self, device: torch.device | None = None) -> None: ...
 
     def record_event(self, event: _Event | None = None) -> _Event:
         return event or _Event()
@@ -154,10 +157,47 @@ def repair_megatron() -> None:
     # tensors (CPU).
     if not hasattr(token_dispatcher.all_to_all, "__wrapped__"):
         token_dispatcher.all_to_all = _with_int_splits(token_dispatcher.all_to_all)
+    # Its default, False, is taken for a wish for fp8, which calls into TransformerEngine.
+    megatron_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     # With torch's AdamW the distributed optimizer cannot resume; with one like Apex's it can. See AdamW.
     megatron.core.optimizer.Adam = distrib_optimizer.Adam = AdamW
     megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def part_gradients_from_activations(gradients: dist.ProcessGroup) -> None:
+    """Have two interleaved stages exchange gradients in a group of their own, of the same two ranks.
+
+    With two stages the next rank is the previous one too, and both gloo and NCCL match messages between two ranks by
+    their order alone. Megatron sends to the previous rank, then to the next, and receives in that order: each rank
+    would take the other's gradient for its activation. Two groups are two channels, as more stages have by nature.
+    """
+    exchange = p2p_communication._batched_p2p_ops
+
+    @functools.wraps(exchange)
+    def apart(
+        *,
+        tensor_send_prev: torch.Tensor | None,
+        tensor_recv_prev: torch.Tensor | None,
+        tensor_send_next: torch.Tensor | None,
+        tensor_recv_next: torch.Tensor | None,
+        group: dist.ProcessGroup,
+        **ranks: int,
+    ) -> list[dist.Work]:
+        nothing = {
+            "tensor_send_prev": None,
+            "tensor_recv_prev": None,
+            "tensor_send_next": None,
+            "tensor_recv_next": None,
+        }
+        activations = {"tensor_recv_prev": tensor_recv_prev, "tensor_send_next": tensor_send_next}
+        of_gradients = {"tensor_send_prev": tensor_send_prev, "tensor_recv_next": tensor_recv_next}
+        return [
+            *exchange(**{**nothing, **activations}, group=group, **ranks),
+            *exchange(**{**nothing, **of_gradients}, group=gradients, **ranks),
+        ]
+
+    p2p_communication._batched_p2p_ops = apart
 
 
 def _with_int_splits(all_to_all: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

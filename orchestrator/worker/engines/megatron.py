@@ -17,7 +17,8 @@ from jobs.spec import JobSpec
 from models.megatron_shards import megatron_shards
 from models.megatron_specs import build_model, transformer_config
 from models.weights import Shard, Source, drawn, fill
-from orchestrator.worker.engines.cuda_stand_in import install, repair_megatron
+from orchestrator.worker.engines.cuda_stand_in import install, part_gradients_from_activations, repair_megatron
+from orchestrator.worker.engines.megatron_batches import LocalBatch, local_batch
 from orchestrator.worker.engines.megatron_checkpoint import count_padding, load_sharded, save_sharded
 from orchestrator.worker.engines.protocol import Batch, StepResult
 from parallel.layout import Layout
@@ -27,10 +28,12 @@ from parallel.layout import Layout
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -47,12 +50,16 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> MegatronEngine:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        num_distributed_optimizer_instances=job.layout.optimizer_replicas,
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=False,
     )
+    if layout.pp == 2 and layout.vpp > 1:
+        part_gradients_from_activations(dist.new_subgroups_by_enumeration(layout.groups("pp"))[0])
     engine = MegatronEngine(job, layout, device)
     # Megatron collects garbage whenever it gathers optimizer state: 0.3 s a time over all that was ever imported.
     gc.freeze()
@@ -74,18 +81,11 @@ class MegatronEngine:
         self._reseed(0)
         config = transformer_config(job, layout)
         self._last_stage = parallel_state.is_pipeline_last_stage()
-        self._model = build_model(
-            job, config, device, first_stage=parallel_state.is_pipeline_first_stage(), last_stage=self._last_stage
-        )
+        self._models = [
+            build_model(job, config, device, index if layout.vpp > 1 else None) for index in range(layout.vpp)
+        ]
         fill(self._shards(), drawn(job.model, self._train.seed))
-        # Float16Module is named by Megatron for what it does to inputs and outputs too: fp32 logits, bf16 between.
-        module = Float16Module(config, self._model) if config.bf16 else self._model
-        self._chunk = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-            module,
-        )
-        count_padding(self._chunk)
+        self._chunks = [self._distributed(config, model) for model in self._models]
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -99,21 +99,23 @@ class MegatronEngine:
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
             ),
-            [self._chunk],
+            self._chunks,
             use_gloo_process_groups=False,
         )
         # Adam's moments exist from the start: memory peaks in the first step, and step 0 can be saved.
         for optimizer in self._optimizer.chained_optimizers:
             optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-        config.no_sync_func = self._chunk.no_sync
+        no_sync = [chunk.no_sync for chunk in self._chunks]
+        config.no_sync_func = no_sync if layout.vpp > 1 else no_sync[0]
         config.finalize_model_grads_func = finalize_model_grads
         self._forward_backward = get_forward_backward_func()
         self.parameters = self._count_parameters()
 
     def train_step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
         self._reseed(step)
-        self._chunk.train()
-        self._chunk.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         loss = self._run(batches, forward_only=False)
         for group in self._optimizer.param_groups:
@@ -126,7 +128,8 @@ class MegatronEngine:
         return StepResult(*figures.tolist())
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
-        self._chunk.eval()
+        for chunk in self._chunks:
+            chunk.eval()
         with torch.no_grad():
             loss = self._run(batches, forward_only=True)
         dist.broadcast(loss, src=self._layout.world - 1)
@@ -141,40 +144,54 @@ class MegatronEngine:
             yield replace(shard, part=shard.read())
 
     def save(self, folder: Path) -> None:
-        save_sharded(self._model, self._optimizer, folder)
+        save_sharded(self._models, self._optimizer, folder)
 
     def load(self, folder: Path) -> None:
-        load_sharded(self._model, self._optimizer, folder)
+        load_sharded(self._models, self._optimizer, folder)
 
     def _shards(self) -> Iterator[Shard]:
-        return megatron_shards(self._model, self._job.model, self._layout, dist.get_rank())
+        for model in self._models:
+            yield from megatron_shards(model, self._job.model, self._layout, dist.get_rank())
+
+    def _distributed(self, config: TransformerConfig, model: GPTModel) -> DistributedDataParallel:
+        # Float16Module is named by Megatron for what it does to inputs and outputs too: fp32 logits, bf16 between.
+        chunk = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                num_distributed_optimizer_instances=self._job.layout.optimizer_replicas,
+            ),
+            Float16Module(config, model) if config.bf16 else model,
+        )
+        count_padding(chunk)
+        return chunk
 
     def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> torch.Tensor:
         """Mean loss [] over all ranks' batches, float64, right on the last stage; leaves finalised gradients."""
+        held = [local_batch(batch, self._layout, dist.get_rank(), self._device) for batch in batches]
         data = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        counted = torch.tensor(
-            sum(float(batch.loss_mask.sum()) for batch in batches), dtype=torch.float64, device=self._device
-        )
+        counted = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in held]).sum()
         dist.all_reduce(counted, group=data)
-        # Megatron divides a micro-batch's loss by their number and averages gradients over DP: a sum of losses times
-        # this becomes the mean over the global batch. Its own per-token mode would shrink the z-loss by 1/tp.
+        # Megatron divides a micro-batch's loss by their number, multiplies it by cp and averages gradients over DP and
+        # CP: a sum of losses times this becomes the mean over the global batch. Its own per-token mode would shrink the
+        # z-loss by 1/tp.
         scale = len(batches) * self._layout.dp / counted
 
-        def forward_step(source: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        def forward_step(source: Iterator[LocalBatch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
             batch = next(source)
-            mask = self._put(batch.loss_mask)
-            output = model(self._put(batch.tokens), None, None, labels=self._put(batch.labels))
+            output = model(batch.tokens, batch.positions, batch.documents, labels=batch.labels)
 
             def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                total = (losses * mask).sum()
+                total = (losses * batch.loss_mask).sum()
                 return total * scale.float(), total.detach()
 
             return output, loss_of
 
         totals = self._forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=self._chunk,
+            data_iterator=[iter(held) for _ in self._chunks],
+            model=self._chunks,
             num_microbatches=len(batches),
             seq_length=self._train.sequence_length,
             micro_batch_size=len(batches[0].tokens),
@@ -184,9 +201,6 @@ class MegatronEngine:
         dist.all_reduce(loss, group=data)
         return loss / counted
 
-    def _put(self, array: np.ndarray) -> torch.Tensor:
-        return torch.tensor(array, device=self._device)
-
     def _reseed(self, step: int) -> None:
         seed = int(np.random.SeedSequence((self._train.seed, step)).generate_state(1)[0])
         random.seed(seed)
@@ -195,11 +209,14 @@ class MegatronEngine:
         model_parallel_cuda_manual_seed(seed)
 
     def _count_parameters(self) -> int:
-        """Every element once: a replica that is not the first, and the last stage's tied embedding, do not count."""
+        """Every trained element once: not replicas beyond the first, nor the last stage's tied embedding."""
         held = sum(
             entry.data.numel()
-            for entry in self._model.sharded_state_dict().values()
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and not any(entry.replica_id)
+            for model in self._models
+            for name, entry in model.sharded_state_dict().items()
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+            and not any(entry.replica_id)
+            and not name.endswith(".expert_bias")
         )
         total = torch.tensor(held, device=self._device)
         dist.all_reduce(total)

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from jobs.errors import InputError
 from jobs.spec import DataSpec, TrainSpec
-from orchestrator.worker.data import Data, open_data, window_of
+from orchestrator.worker.data import Data, open_data
+from orchestrator.worker.order import permuted
 
 PROCESSES = multiprocessing.get_context("fork")
 
@@ -73,7 +74,7 @@ def rows(data: Data, step: int, dp: int, micro_batch: int, global_batch: int) ->
     return np.stack(whole)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     length=st.integers(2, 40),
     dp=st.integers(1, 5),
@@ -93,7 +94,7 @@ def test_no_layout_changes_a_step(
     tokens = [*(prose / "text" / "a.txt").read_bytes(), 256]
     windows = (len(tokens) - 1) // length
     for offset, row in enumerate(parts):
-        start = window_of((step - 1) * batch + offset, windows, str(seed)) * length
+        start = permuted((step - 1) * batch + offset, windows, str(seed)) * length
         assert row.tolist() == tokens[start : start + length + 1]
 
 
@@ -107,25 +108,6 @@ def test_every_window_is_read_once_an_epoch(prose: Path, length: int, seed: int)
     orders = [rows(data, epoch, 1, windows, windows).tolist() for epoch in (1, 2)]
     assert sorted(orders[0]) == sorted(orders[1]) == every
     assert orders[0] != orders[1]
-
-
-@settings(max_examples=50)
-@given(st.integers(1, 200), st.integers(0, 9), st.text(max_size=12))
-def test_the_order_is_a_permutation(windows: int, epoch: int, order: str) -> None:
-    found = [window_of(epoch * windows + at, windows, order) for at in range(windows)]
-    assert sorted(found) == list(range(windows))
-
-
-def test_the_order_is_the_same_on_every_machine_and_in_every_version() -> None:
-    orders = [[window_of(sample, 10, "1234") for sample in range(start, start + 10)] for start in (0, 10)]
-    assert orders == [[2, 8, 7, 0, 3, 9, 6, 4, 1, 5], [1, 6, 8, 2, 7, 0, 5, 9, 3, 4]]
-
-
-def test_neighbours_in_the_text_are_no_neighbours_in_the_order() -> None:
-    found = np.array([window_of(sample, 5000, "1234") for sample in range(5000)])
-    assert abs(np.corrcoef(np.arange(5000), found)[0, 1]) < 0.05
-    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.05
-    assert (np.abs(np.diff(found)) == 1).mean() < 0.002
 
 
 def test_a_batch_that_ranks_cannot_share_is_an_error(prose: Path) -> None:
