@@ -34,7 +34,9 @@ def part_of_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return rows.chunk(dist.get_world_size(group), 1)[dist.get_rank(group)]
 
 
-def part_of_context(tokens: Tensor, documents: Tensor | None, groups: Tensor | None, group: dist.ProcessGroup) -> Context:
+def part_of_context(
+    tokens: Tensor, documents: Tensor | None, groups: Tensor | None, group: dist.ProcessGroup
+) -> Context:
     """What a layer is told of this rank's part of rows, of which all [batch, sequence] tokens are given.
 
     Positions, and dispatch groups, are the part's; documents are whole, as attention sees whole rows.
