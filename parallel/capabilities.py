@@ -96,10 +96,24 @@ def _moe(job: JobSpec) -> bool:
     return job.model.is_moe
 
 
+def _no_room_for_optimizer(job: JobSpec) -> str | None:
+    stage, place = job.layout.zero_stage, job.layout.offload_optimizer
+    least = {"none": 0, "cpu": 1, "nvme": 3}[place]
+    return None if stage >= least else f"wants zero_stage of at least {least}, zero_stage={stage}"
+
+
+def _no_room_for_parameters(job: JobSpec) -> str | None:
+    stage, place = job.layout.zero_stage, job.layout.offload_parameters
+    return None if stage == 3 or place == "none" else f"wants zero_stage=3, zero_stage={stage}"
+
+
+def _no_nvme_folder(job: JobSpec) -> str | None:
+    layout = job.layout
+    wanted = "nvme" in (layout.offload_optimizer, layout.offload_parameters) and layout.nvme_folder is None
+    return "offload to nvme needs a folder for its files, the same on every node" if wanted else None
+
+
 JOB_RULES = (
-    JobRule(
-        "engine", DEEPSPEED, _when(lambda job: True, "the deepspeed engine is not available yet"), nearest="megatron"
-    ),
     JobRule(
         "model.kv_lora_rank",
         BOTH,
@@ -133,6 +147,39 @@ JOB_RULES = (
         ),
         nearest="softmax",
     ),
+    JobRule(
+        "layout.dispatcher",
+        DEEPSPEED,
+        _when(
+            lambda job: _moe(job) and job.layout.dispatcher != "alltoall",
+            "the deepspeed engine sends tokens to experts by an all-to-all of their number",
+        ),
+        nearest="alltoall",
+    ),
+    JobRule(
+        "layout.recompute",
+        DEEPSPEED,
+        _when(lambda job: job.layout.recompute == "selective", "the deepspeed engine recomputes whole layers, or none"),
+        nearest="full",
+    ),
+    JobRule(
+        "layout.optimizer_replicas",
+        DEEPSPEED,
+        _when(lambda job: job.layout.optimizer_replicas > 1, "ZeRO shards over all data parallel ranks"),
+        nearest=1,
+    ),
+    JobRule(
+        "layout.zero_stage",
+        DEEPSPEED,
+        _when(
+            lambda job: job.layout.zero_stage == 0 and job.train.precision == "bf16",
+            "without ZeRO, DeepSpeed adds micro-batches' gradients up in bf16",
+        ),
+        nearest=1,
+    ),
+    JobRule("layout.offload_optimizer", DEEPSPEED, _no_room_for_optimizer, nearest="none"),
+    JobRule("layout.offload_parameters", DEEPSPEED, _no_room_for_parameters, nearest="none"),
+    JobRule("layout.nvme_folder", DEEPSPEED, _no_nvme_folder),
 )
 
 
@@ -173,7 +220,28 @@ def _no_virtual_stages(layout: Layout, job: JobSpec) -> str | None:
     return f"vpp={layout.vpp}: the interleaved schedule is not available in the {job.engine} engine yet"
 
 
+def _above_one(axis: str, why: str) -> Reason:
+    def reason(layout: Layout, job: JobSpec) -> str | None:
+        degree = layout.degree(axis)
+        return None if degree == 1 else f"{axis}={degree}: {why}"
+
+    return reason
+
+
+def _experts_under_zero_3(layout: Layout, job: JobSpec) -> str | None:
+    if layout.ep == 1 or job.layout.zero_stage < 3:
+        return None
+    return f"ep={layout.ep}: DeepSpeed keeps experts whole below ZeRO-3 only, zero_stage={job.layout.zero_stage}"
+
+
 ATTENTION_RULES = (
+    Rule(
+        "tensor parallelism",
+        "tp",
+        DEEPSPEED,
+        _above_one("tp", "tensor parallelism is not available in the deepspeed engine yet"),
+    ),
+    Rule("pipeline", "pp", DEEPSPEED, _above_one("pp", "the pipeline is not available in the deepspeed engine yet")),
     Rule("context parallelism", "cp", BOTH, _no_context_parallelism),
     Rule("virtual stages", "vpp", BOTH, _no_virtual_stages),
     Rule("layers", "pp", BOTH, _divides("pp", "layers", lambda job: job.model.layers)),
@@ -197,6 +265,13 @@ EXPERT_RULES = (
     Rule("dense model", "etp", BOTH, _no_experts("etp")),
     Rule("experts", "ep", BOTH, _divides("ep", "experts", lambda job: job.model.experts)),
     Rule("expert_ffn", "etp", BOTH, _divides("etp", "expert_ffn", lambda job: job.model.expert_ffn)),
+    Rule(
+        "expert tensor parallelism",
+        "etp",
+        DEEPSPEED,
+        _above_one("etp", "the deepspeed engine shards experts over ep, never within one"),
+    ),
+    Rule("experts under ZeRO-3", "ep", DEEPSPEED, _experts_under_zero_3),
 )
 
 BATCH_RULES: tuple[BatchRule, ...] = ()
