@@ -9,50 +9,13 @@ exactly: tests/exactness holds it to that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import reduce
-from typing import Literal
 
 from jobs.errors import CombinedInputError, InputError
 from jobs.spec import JobSpec
+from parallel import deepspeed_rules
 from parallel.layout import Layout
-
-Reason = Callable[[Layout, JobSpec], str | None]
-Engines = tuple[Literal["megatron", "deepspeed"], ...]
-
-BOTH: Engines = ("megatron", "deepspeed")
-MEGATRON: Engines = ("megatron",)
-DEEPSPEED: Engines = ("deepspeed",)
-
-
-@dataclass(frozen=True)
-class JobRule:
-    """Refuses a job whatever its layout. `path` is the value to blame, `nearest` one that would do."""
-
-    path: str
-    engines: Engines
-    reason: Callable[[JobSpec], str | None]
-    nearest: object = None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Refuses a layout. `key` names the class of refusals in a plan's account; `axis` is the degree that it blames."""
-
-    key: str
-    axis: str
-    engines: Engines
-    reason: Reason
-
-
-@dataclass(frozen=True)
-class BatchRule:
-    """Refuses a micro-batch at a layout, given how many of them a rank computes in a step."""
-
-    key: str
-    axis: str
-    engines: Engines
-    reason: Callable[[Layout, JobSpec, int], str | None]
+from parallel.rules import BOTH, MEGATRON, BatchRule, JobRule, Reason, Rule, when
 
 
 def check_job(job: JobSpec) -> None:
@@ -85,101 +48,109 @@ def batch_refusal(layout: Layout, job: JobSpec, micro_batches: int) -> tuple[Bat
     return None
 
 
+def why_refused(job: JobSpec) -> str | None:
+    """The first reason why a job with every degree and the micro-batch given cannot run as it is; None: it can."""
+    try:
+        check_job(job)
+        layout = Layout.of(job.layout)
+    except InputError as error:
+        return error.rule
+    share, micro_batch = job.train.global_batch // layout.dp, job.layout.micro_batch or 1
+    if share % micro_batch:
+        return f"micro_batch={micro_batch} does not divide global_batch/dp={job.train.global_batch}/{layout.dp}={share}"
+    broken = refusal(ATTENTION_RULES + EXPERT_RULES, layout, job) or batch_refusal(layout, job, share // micro_batch)
+    return broken[1] if broken else None
+
+
 # Jobs.
-
-
-def _when(refused: Callable[[JobSpec], object], reason: str) -> Callable[[JobSpec], str | None]:
-    return lambda job: reason if refused(job) else None
 
 
 def _moe(job: JobSpec) -> bool:
     return job.model.is_moe
 
 
-def _no_room_for_optimizer(job: JobSpec) -> str | None:
-    stage, place = job.layout.zero_stage, job.layout.offload_optimizer
-    least = {"none": 0, "cpu": 1, "nvme": 3}[place]
-    return None if stage >= least else f"wants zero_stage of at least {least}, zero_stage={stage}"
+def _flex(job: JobSpec) -> bool:
+    return _moe(job) and job.layout.dispatcher == "flex"
 
 
-def _no_room_for_parameters(job: JobSpec) -> str | None:
-    stage, place = job.layout.zero_stage, job.layout.offload_parameters
-    return None if stage == 3 or place == "none" else f"wants zero_stage=3, zero_stage={stage}"
+def _nothing_to_recompute(job: JobSpec) -> str | None:
+    model, layout = job.model, job.layout
+    layers = {
+        "mlp": ("dense feed-forward layers", model.dense_layers),
+        "moe": ("experts", model.moe_layers),
+        "moe_act": ("experts", model.moe_layers),
+        "shared_experts": ("shared experts", _moe(job) and model.shared_expert_ffn),
+    }
+    if layout.recompute == "selective":
+        for module in layout.recompute_modules:
+            what, present = layers.get(module, ("", True))
+            if not present:
+                return f"{module} is of {what}, and {model.name} has none"
+    return None
 
 
-def _no_nvme_folder(job: JobSpec) -> str | None:
-    layout = job.layout
-    wanted = "nvme" in (layout.offload_optimizer, layout.offload_parameters) and layout.nvme_folder is None
-    return "offload to nvme needs a folder for its files, the same on every node" if wanted else None
+def _no_offload(field: str, what: str) -> Callable[[JobSpec], str | None]:
+    return when(lambda job: getattr(job.layout, field) != "none", f"the megatron engine keeps {what} on the device")
 
 
 JOB_RULES = (
     JobRule(
         "model.kv_lora_rank",
         BOTH,
-        _when(lambda job: job.model.is_multi_latent, "no engine runs multi-latent attention yet"),
+        when(lambda job: job.model.is_multi_latent, "no engine runs multi-latent attention yet"),
         nearest=0,
+    ),
+    JobRule(
+        "layout.context_attention",
+        MEGATRON,
+        when(
+            lambda job: job.layout.context_attention == "ulysses",
+            "the megatron engine exchanges keys and values over cp, at once (gather) or in turn (ring), not heads",
+        ),
+        nearest="gather",
     ),
     JobRule(
         "model.router_normalize_top_k",
         BOTH,
-        _when(
+        when(
             lambda job: _moe(job) and job.model.router_normalize_top_k and job.model.top_k == 1,
             "the one chosen expert of top_k=1 would always weigh 1, and the router never learn",
         ),
         nearest=False,
     ),
-    JobRule(
-        "model.router_bias",
-        MEGATRON,
-        _when(
-            lambda job: _moe(job) and job.model.router_bias,
-            "the megatron engine does not balance experts by a router bias yet; use model.aux_loss",
-        ),
-        nearest=False,
-    ),
-    JobRule(
-        "model.router_score",
-        MEGATRON,
-        _when(
-            lambda job: _moe(job) and job.model.router_score != "softmax",
-            "the megatron engine does not score experts by sigmoid yet",
-        ),
-        nearest="softmax",
-    ),
+    # DeepEP's limits. That it is installed is seen on the nodes, before they begin (worker/engines/megatron.py).
     JobRule(
         "layout.dispatcher",
-        DEEPSPEED,
-        _when(
-            lambda job: _moe(job) and job.layout.dispatcher != "alltoall",
-            "the deepspeed engine sends tokens to experts by an all-to-all of their number",
+        MEGATRON,
+        when(
+            lambda job: _flex(job) and job.cluster.device == "cpu",
+            "flex moves tokens by DeepEP, which runs on GPUs, and this job is for cpu",
         ),
         nearest="alltoall",
     ),
     JobRule(
-        "layout.recompute",
-        DEEPSPEED,
-        _when(lambda job: job.layout.recompute == "selective", "the deepspeed engine recomputes whole layers, or none"),
-        nearest="full",
+        "layout.dispatcher",
+        MEGATRON,
+        when(
+            lambda job: _flex(job) and job.train.precision == "fp32",
+            "flex moves tokens by DeepEP, which takes them in bf16, and train.precision=fp32",
+        ),
+        nearest="alltoall",
     ),
-    JobRule(
-        "layout.optimizer_replicas",
-        DEEPSPEED,
-        _when(lambda job: job.layout.optimizer_replicas > 1, "ZeRO shards over all data parallel ranks"),
-        nearest=1,
-    ),
+    JobRule("layout.recompute_modules", MEGATRON, _nothing_to_recompute, nearest=("core_attn",)),
     JobRule(
         "layout.zero_stage",
-        DEEPSPEED,
-        _when(
-            lambda job: job.layout.zero_stage == 0 and job.train.precision == "bf16",
-            "without ZeRO, DeepSpeed adds micro-batches' gradients up in bf16",
+        MEGATRON,
+        when(
+            lambda job: job.layout.zero_stage != 1,
+            "the megatron engine shards the optimizer's state and nothing else; "
+            "layout.optimizer_replicas says over how many ranks",
         ),
         nearest=1,
     ),
-    JobRule("layout.offload_optimizer", DEEPSPEED, _no_room_for_optimizer, nearest="none"),
-    JobRule("layout.offload_parameters", DEEPSPEED, _no_room_for_parameters, nearest="none"),
-    JobRule("layout.nvme_folder", DEEPSPEED, _no_nvme_folder),
+    JobRule("layout.offload_optimizer", MEGATRON, _no_offload("offload_optimizer", "optimizer state"), nearest="none"),
+    JobRule("layout.offload_parameters", MEGATRON, _no_offload("offload_parameters", "weights"), nearest="none"),
+    *deepspeed_rules.JOB_RULES,
 )
 
 
@@ -201,11 +172,6 @@ def _kv_heads(layout: Layout, job: JobSpec) -> str | None:
     return None if heads % layout.tp == 0 else f"tp={layout.tp} does not divide kv_heads={heads}"
 
 
-def _no_context_parallelism(layout: Layout, job: JobSpec) -> str | None:
-    degree = layout.cp
-    return None if degree == 1 else f"cp={degree}: context parallelism is not available in the {job.engine} engine yet"
-
-
 def _no_experts(axis: str) -> Reason:
     def reason(layout: Layout, job: JobSpec) -> str | None:
         degree = layout.degree(axis)
@@ -214,37 +180,47 @@ def _no_experts(axis: str) -> Reason:
     return reason
 
 
-def _no_virtual_stages(layout: Layout, job: JobSpec) -> str | None:
-    if layout.vpp == 1:
-        return None
-    return f"vpp={layout.vpp}: the interleaved schedule is not available in the {job.engine} engine yet"
-
-
-def _above_one(axis: str, why: str) -> Reason:
+def _optimizer_replicas(name: str, ranks: Callable[[Layout], int]) -> Reason:
     def reason(layout: Layout, job: JobSpec) -> str | None:
-        degree = layout.degree(axis)
-        return None if degree == 1 else f"{axis}={degree}: {why}"
+        copies, spread = job.layout.optimizer_replicas, ranks(layout)
+        return None if spread % copies == 0 else f"optimizer_replicas={copies} does not divide {name}={spread}"
 
     return reason
 
 
-def _experts_under_zero_3(layout: Layout, job: JobSpec) -> str | None:
-    if layout.ep == 1 or job.layout.zero_stage < 3:
+def _nobody_to_dispatch_to(layout: Layout, job: JobSpec) -> str | None:
+    if _flex(job) and layout.etp * layout.ep == 1:
+        return "dispatcher=flex moves tokens between ranks, and etp*ep=1 leaves none to move"
+    return None
+
+
+def _virtual_layers(layout: Layout, job: JobSpec) -> str | None:
+    stages, layers = layout.pp * layout.vpp, job.model.layers
+    if layers % stages == 0:
         return None
-    return f"ep={layout.ep}: DeepSpeed keeps experts whole below ZeRO-3 only, zero_stage={job.layout.zero_stage}"
+    return f"pp*vpp={layout.pp}*{layout.vpp}={stages} does not divide layers={layers}"
+
+
+def _zigzag_chunks(layout: Layout, job: JobSpec) -> str | None:
+    chunks, length = 2 * layout.cp, job.train.sequence_length
+    if layout.cp == 1 or length % chunks == 0:
+        return None
+    return f"2*cp=2*{layout.cp}={chunks} chunks, which balance causal attention, do not divide sequence_length={length}"
+
+
+def _split_sequence(layout: Layout, job: JobSpec) -> str | None:
+    parts, length = layout.tp * layout.cp, job.train.sequence_length
+    if length % parts == 0:
+        return None
+    if layout.cp == 1:
+        return f"tp={layout.tp} does not divide sequence_length={length}"
+    return f"tp*cp={layout.tp}*{layout.cp}={parts} does not divide sequence_length={length}"
 
 
 ATTENTION_RULES = (
-    Rule(
-        "tensor parallelism",
-        "tp",
-        DEEPSPEED,
-        _above_one("tp", "tensor parallelism is not available in the deepspeed engine yet"),
-    ),
-    Rule("pipeline", "pp", DEEPSPEED, _above_one("pp", "the pipeline is not available in the deepspeed engine yet")),
-    Rule("context parallelism", "cp", BOTH, _no_context_parallelism),
-    Rule("virtual stages", "vpp", BOTH, _no_virtual_stages),
+    *deepspeed_rules.ATTENTION_RULES,
     Rule("layers", "pp", BOTH, _divides("pp", "layers", lambda job: job.model.layers)),
+    Rule("layers", "vpp", MEGATRON, _virtual_layers),
     Rule("heads", "tp", BOTH, _divides("tp", "heads", lambda job: job.model.heads)),
     Rule("kv_heads", "tp", BOTH, _kv_heads),
     Rule("vocab", "tp", BOTH, _divides("tp", "vocab", lambda job: job.model.vocab)),
@@ -255,9 +231,11 @@ ATTENTION_RULES = (
         BOTH,
         _divides("tp", "shared_expert_ffn", lambda job: job.model.shared_expert_ffn if _moe(job) else 0),
     ),
+    Rule("sequence_length", "cp", MEGATRON, _zigzag_chunks),
     # Sequence parallelism, which goes with tp, splits the sequence too.
-    Rule("sequence_length", "tp", MEGATRON, _divides("tp", "sequence_length", lambda job: job.train.sequence_length)),
+    Rule("sequence_length", "tp", MEGATRON, _split_sequence),
     Rule("global_batch", "dp", BOTH, _divides("dp", "global_batch", lambda job: job.train.global_batch)),
+    Rule("optimizer_replicas", "dp", MEGATRON, _optimizer_replicas("dp*cp", lambda layout: layout.dp * layout.cp)),
 )
 
 EXPERT_RULES = (
@@ -265,13 +243,16 @@ EXPERT_RULES = (
     Rule("dense model", "etp", BOTH, _no_experts("etp")),
     Rule("experts", "ep", BOTH, _divides("ep", "experts", lambda job: job.model.experts)),
     Rule("expert_ffn", "etp", BOTH, _divides("etp", "expert_ffn", lambda job: job.model.expert_ffn)),
-    Rule(
-        "expert tensor parallelism",
-        "etp",
-        DEEPSPEED,
-        _above_one("etp", "the deepspeed engine shards experts over ep, never within one"),
-    ),
-    Rule("experts under ZeRO-3", "ep", DEEPSPEED, _experts_under_zero_3),
+    Rule("optimizer_replicas", "ep", MEGATRON, _optimizer_replicas("edp", lambda layout: layout.edp)),
+    Rule("dispatcher", "ep", MEGATRON, _nobody_to_dispatch_to),
+    *deepspeed_rules.EXPERT_RULES,
 )
 
-BATCH_RULES: tuple[BatchRule, ...] = ()
+
+def _interleaved_groups(layout: Layout, job: JobSpec, micro_batches: int) -> str | None:
+    if layout.vpp == 1 or micro_batches % layout.pp == 0:
+        return None
+    return f"vpp={layout.vpp} takes micro-batches in groups of pp={layout.pp}: {micro_batches} a step are no multiple"
+
+
+BATCH_RULES: tuple[BatchRule, ...] = (BatchRule("micro-batches", "vpp", MEGATRON, _interleaved_groups),)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class _ExchangeRows(torch.autograd.Function):  # type: ignore[misc]
+class _ExchangeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
