@@ -1,4 +1,4 @@
-"""Stages of a pipeline over the reference model: runs of its layers, the first and last with what is before and after."""
+"""Stages of a pipeline over the reference model: runs of its layers, the ends with what is before and after."""
 
 from __future__ import annotations
 
