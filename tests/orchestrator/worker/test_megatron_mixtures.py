@@ -219,5 +219,5 @@ def _parameters(rank: int, spec: JobSpec) -> int:
 
 def test_a_node_without_deepep_says_so_before_anything_starts() -> None:
     spec = job({}, {"dp": 2, "ep": 2, "dispatcher": "flex"})
-    with pytest.raises(InputError, match="DeepEP .* is not installed here; nearest valid: alltoall"):
+    with pytest.raises(InputError, match=r"DeepEP .* is not installed here; nearest valid: alltoall"):
         build(spec, Layout.of(spec.layout), torch.device("cuda", 0))
