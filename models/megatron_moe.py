@@ -87,7 +87,7 @@ def has_place(chosen: torch.Tensor, weights: torch.Tensor, model: ModelArchitect
 
 
 class LeanExperts(SequentialMLP):
-    """Experts that compute their activations again in backward, which Megatron offers to grouped ones only (`moe_act`)."""
+    """Experts that compute their activations again in backward: `moe_act`, which Megatron gives to grouped ones only."""
 
     def __init__(
         self,

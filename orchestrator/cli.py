@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from jobs.errors import CombinedInputError, InputError, closest
 from orchestrator.run_folder import RunFolder, find_run, runs
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 3, 2, 130
+DONE, INEXACT, BAD_INPUT, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 Answer = tuple[Any, int]
 """The document that --json prints, and the exit code."""
 _EXIT_CODE = {"done": DONE, "failed": FAILED, "cancelled": INTERRUPTED, "interrupted": INTERRUPTED}
@@ -91,6 +91,18 @@ def _run(options: argparse.Namespace) -> Answer:
     job, planning = _resolved(options, here=True)
     _check_here(job)
     return _train(session.create(job, planning, options.run_root, "here"), job, options)
+
+
+def _exact(options: argparse.Namespace) -> Answer:
+    from jobs import compose
+    from orchestrator.control import exact
+    from parallel import planner, shrink
+
+    job = compose.compose(options.job, options.overrides)
+    job = planner.resolve(job, planner.plan_job(job).plans[0])
+    _need(*_TRAINING)
+    verdict = exact.check(job, shrink.shrink(job), quiet=options.json)
+    return verdict, DONE if verdict["exact"] else INEXACT
 
 
 def _check_here(job: Any) -> None:
@@ -356,6 +368,7 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     plan = verb("plan", _plan, "rank the layouts of a job; needs no GPU, no Ray, no torch", "job", "overrides")
     plan.add_argument("--top", type=_count, default=10, metavar="N", help="layouts shown (default: 10)")
+    verb("exact", _exact, "hold the job's layout, on a small model here, against one device", "job", "overrides")
     verb("run", _run, "train here, in the foreground", "job", "overrides")
     verb("submit", _submit, "train on the Ray cluster at RAY_ADDRESS; prints the run id", "job", "overrides")
     verb("resume", _resume, "go on from the newest good checkpoint, at the same or another layout", "run", "overrides")

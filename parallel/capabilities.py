@@ -85,6 +85,20 @@ def batch_refusal(layout: Layout, job: JobSpec, micro_batches: int) -> tuple[Bat
     return None
 
 
+def why_refused(job: JobSpec) -> str | None:
+    """The first reason why a job with every degree and the micro-batch given cannot run as it is; None: it can."""
+    try:
+        check_job(job)
+        layout = Layout.of(job.layout)
+    except InputError as error:
+        return error.rule
+    share, micro_batch = job.train.global_batch // layout.dp, job.layout.micro_batch or 1
+    if share % micro_batch:
+        return f"micro_batch={micro_batch} does not divide global_batch/dp={job.train.global_batch}/{layout.dp}={share}"
+    broken = refusal(ATTENTION_RULES + EXPERT_RULES, layout, job) or batch_refusal(layout, job, share // micro_batch)
+    return broken[1] if broken else None
+
+
 # Jobs.
 
 
@@ -94,6 +108,30 @@ def _when(refused: Callable[[JobSpec], object], reason: str) -> Callable[[JobSpe
 
 def _moe(job: JobSpec) -> bool:
     return job.model.is_moe
+
+
+def _flex(job: JobSpec) -> bool:
+    return _moe(job) and job.layout.dispatcher == "flex"
+
+
+def _nothing_to_recompute(job: JobSpec) -> str | None:
+    model, layout = job.model, job.layout
+    layers = {
+        "mlp": ("dense feed-forward layers", model.dense_layers),
+        "moe": ("experts", model.moe_layers),
+        "moe_act": ("experts", model.moe_layers),
+        "shared_experts": ("shared experts", _moe(job) and model.shared_expert_ffn),
+    }
+    if layout.recompute == "selective":
+        for module in layout.recompute_modules:
+            what, present = layers.get(module, ("", True))
+            if not present:
+                return f"{module} is of {what}, and {model.name} has none"
+    return None
+
+
+def _no_offload(field: str, what: str) -> Callable[[JobSpec], str | None]:
+    return _when(lambda job: getattr(job.layout, field) != "none", f"the megatron engine keeps {what} on the device")
 
 
 JOB_RULES = (
@@ -124,24 +162,38 @@ JOB_RULES = (
         ),
         nearest=False,
     ),
+    # DeepEP's limits. That it is installed is seen on the nodes, before they begin (worker/engines/megatron.py).
     JobRule(
-        "model.router_bias",
+        "layout.dispatcher",
         MEGATRON,
         _when(
-            lambda job: _moe(job) and job.model.router_bias,
-            "the megatron engine does not balance experts by a router bias yet; use model.aux_loss",
+            lambda job: _flex(job) and job.cluster.device == "cpu",
+            "flex moves tokens by DeepEP, which runs on GPUs, and this job is for cpu",
         ),
-        nearest=False,
+        nearest="alltoall",
     ),
     JobRule(
-        "model.router_score",
+        "layout.dispatcher",
         MEGATRON,
         _when(
-            lambda job: _moe(job) and job.model.router_score != "softmax",
-            "the megatron engine does not score experts by sigmoid yet",
+            lambda job: _flex(job) and job.train.precision == "fp32",
+            "flex moves tokens by DeepEP, which takes them in bf16, and train.precision=fp32",
         ),
-        nearest="softmax",
+        nearest="alltoall",
     ),
+    JobRule("layout.recompute_modules", MEGATRON, _nothing_to_recompute, nearest=("core_attn",)),
+    JobRule(
+        "layout.zero_stage",
+        MEGATRON,
+        _when(
+            lambda job: job.layout.zero_stage != 1,
+            "the megatron engine shards the optimizer's state and nothing else; "
+            "layout.optimizer_replicas says over how many ranks",
+        ),
+        nearest=1,
+    ),
+    JobRule("layout.offload_optimizer", MEGATRON, _no_offload("offload_optimizer", "optimizer state"), nearest="none"),
+    JobRule("layout.offload_parameters", MEGATRON, _no_offload("offload_parameters", "weights"), nearest="none"),
 )
 
 
@@ -180,6 +232,20 @@ def _no_virtual_stages(layout: Layout, job: JobSpec) -> str | None:
     if layout.vpp == 1:
         return None
     return f"vpp={layout.vpp}: the interleaved schedule is not available in the {job.engine} engine yet"
+
+
+def _optimizer_replicas(name: str, ranks: Callable[[Layout], int]) -> Reason:
+    def reason(layout: Layout, job: JobSpec) -> str | None:
+        copies, spread = job.layout.optimizer_replicas, ranks(layout)
+        return None if spread % copies == 0 else f"optimizer_replicas={copies} does not divide {name}={spread}"
+
+    return reason
+
+
+def _nobody_to_dispatch_to(layout: Layout, job: JobSpec) -> str | None:
+    if _flex(job) and layout.etp * layout.ep == 1:
+        return "dispatcher=flex moves tokens between ranks, and etp*ep=1 leaves none to move"
+    return None
 
 
 def _virtual_layers(layout: Layout, job: JobSpec) -> str | None:
@@ -224,6 +290,7 @@ ATTENTION_RULES = (
     # Sequence parallelism, which goes with tp, splits the sequence too.
     Rule("sequence_length", "tp", MEGATRON, _split_sequence),
     Rule("global_batch", "dp", BOTH, _divides("dp", "global_batch", lambda job: job.train.global_batch)),
+    Rule("optimizer_replicas", "dp", MEGATRON, _optimizer_replicas("dp*cp", lambda layout: layout.dp * layout.cp)),
 )
 
 EXPERT_RULES = (
@@ -231,6 +298,8 @@ EXPERT_RULES = (
     Rule("dense model", "etp", BOTH, _no_experts("etp")),
     Rule("experts", "ep", BOTH, _divides("ep", "experts", lambda job: job.model.experts)),
     Rule("expert_ffn", "etp", BOTH, _divides("etp", "expert_ffn", lambda job: job.model.expert_ffn)),
+    Rule("optimizer_replicas", "ep", MEGATRON, _optimizer_replicas("edp", lambda layout: layout.edp)),
+    Rule("dispatcher", "ep", MEGATRON, _nobody_to_dispatch_to),
 )
 
 

@@ -42,9 +42,9 @@ def read_megatron(folder: Path, model: ModelArchitecture) -> Read:
 
 
 def read_deepspeed(folder: Path, model: ModelArchitecture) -> Read:
-    """Of a checkpoint by engines/deepspeed_checkpoint.py, whose keys are the names of `jobs.tensors`."""
+    """Of a checkpoint by engines/deepspeed_checkpoint.py, which has each of `jobs.tensors` whole, and in fp32."""
     stored = _Stored(folder)
-    return lambda tensor: stored.block(f"weights/{tensor}", ())
+    return lambda tensor: stored.block(f"weight.{tensor}", ())
 
 
 READERS = {"megatron": read_megatron, "deepspeed": read_deepspeed}

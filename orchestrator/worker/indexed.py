@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,52 +10,51 @@ from jobs import indexed
 from jobs.errors import InputError
 from jobs.spec import DataSpec
 from orchestrator.worker import token_cache
-from orchestrator.worker.token_cache import PIECE, Source
+from orchestrator.worker.token_cache import Source
 
 
 class _Tokens:
-    """All sequences of an IndexedDataset as one stream."""
+    """All sequences of an IndexedDataset as one stream, in which no id is read that the model has not."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, ends: np.ndarray, vocab: int) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         self._file = IndexedDataset(prefix)
+        self._prefix, self._ends, self._vocab = prefix, ends, vocab
 
     def __getitem__(self, span: slice) -> np.ndarray:
         dtype = np.dtype(self._file.index.dtype)
-        found = self._file.bin_reader.read(dtype, span.stop - span.start, span.start * dtype.itemsize)
-        return np.array(found)  # what the reader gives is unmapped with it
+        mapped = self._file.bin_reader.read(dtype, span.stop - span.start, span.start * dtype.itemsize)
+        wrong = np.flatnonzero((mapped < 0) | (mapped >= self._vocab))
+        if len(wrong):
+            raise self._refusal(span.start + int(wrong[0]), int(mapped[wrong[0]]))
+        return np.array(mapped)  # a copy, for the reader unmaps what it gave when it goes
+
+    def _refusal(self, at: int, token: int) -> InputError:
+        document = int(np.searchsorted(self._ends, at, side="right"))
+        rule = f"token {at} of {self._prefix}.bin, in document {document}, is {token}"
+        if token < 0:
+            return InputError("data.indexed", self._prefix, f"{rule}, and ids count from 0")
+        return InputError(
+            "model.vocab", self._vocab, f"{rule}, and the model has ids up to {self._vocab - 1}", token + 1
+        )
 
 
 def open_indexed(prefix: str, data: DataSpec, vocab: int) -> Source:
-    """The tokens of PREFIX.bin. Raises InputError for files that are not sound, and for ids that the model has not."""
+    """The tokens of PREFIX.bin.
+
+    Raises InputError for files that are not sound, and for ids that the model has not: here among the tokens that are
+    looked at to describe the source, which is all but for a very large one, and then as they are read.
+    """
     files = [(file.resolve(), file.stat()) for file in indexed.files(prefix)]
     state = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in files]
     folder = token_cache.root(data) / token_cache.digest("indexed", state, data.validation_fraction, vocab)
+
+    def build(partial: Path) -> None:
+        ends = indexed.read(prefix).ends
+        tokens = _Tokens(prefix, ends, vocab)
+        token_cache.write_facts(partial, tokens, indexed.training_tokens(ends, data), ends, vocab)
+
     return token_cache.cached(
-        folder,
-        lambda folder: token_cache.read_facts(folder, prefix, lambda _: _Tokens(prefix)),
-        lambda partial: _build(partial, prefix, data, vocab),
+        folder, lambda whole: token_cache.read_facts(whole, prefix, lambda ends: _Tokens(prefix, ends, vocab)), build
     )
-
-
-def _build(folder: Path, prefix: str, data: DataSpec, vocab: int) -> None:
-    found = indexed.read(prefix)
-    train_tokens = indexed.training_tokens(found.ends, data)
-    token_cache.write_facts(folder, _checked(prefix, found.ends, vocab), train_tokens, found.ends, vocab)
-
-
-def _checked(prefix: str, ends: np.ndarray, vocab: int) -> Iterator[np.ndarray]:
-    """The tokens a piece at a time; InputError at the first id that is not one of 0..vocab-1."""
-    tokens, total = _Tokens(prefix), int(ends[-1])
-    for start in range(0, total, PIECE):
-        piece = tokens[start : min(start + PIECE, total)]
-        wrong = np.flatnonzero((piece < 0) | (piece >= vocab))
-        if len(wrong):
-            at, token = start + int(wrong[0]), int(piece[wrong[0]])
-            document = int(np.searchsorted(ends, at, side="right"))
-            rule = f"token {at} of {prefix}.bin, in document {document}, is {token}"
-            if token < 0:
-                raise InputError("data.indexed", prefix, f"{rule}, and ids count from 0")
-            raise InputError("model.vocab", vocab, f"{rule}, and the model has ids up to {vocab - 1}", token + 1)
-        yield piece

@@ -8,7 +8,7 @@ import resource
 import signal
 import time
 import traceback
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING
 
 from jobs.errors import InputError
@@ -19,16 +19,23 @@ if TYPE_CHECKING:
     from orchestrator.worker.engines.protocol import Engine
 
 
-def import_engine(device: str) -> None:
-    """Everything that takes seconds to import, before ranks are forked."""
+def import_engine(engine: str, device: str) -> ModuleType:
+    """Everything that takes seconds to import, before ranks are forked. Gives the engine's module."""
+    import torch.distributed  # noqa: F401
+
+    from orchestrator.worker import checkpoint, data, schedule  # noqa: F401
+
+    if engine == "deepspeed":
+        from orchestrator.worker.engines import deepspeed
+
+        return deepspeed
     if device == "cpu":
         from orchestrator.worker.engines import cuda_stand_in
 
         cuda_stand_in.install()
-    import torch.distributed  # noqa: F401
+    from orchestrator.worker.engines import megatron
 
-    from orchestrator.worker import checkpoint, data, schedule  # noqa: F401
-    from orchestrator.worker.engines import megatron  # noqa: F401
+    return megatron
 
 
 def run(launch: RankLaunch, report_fd: int, store_fd: int | None) -> int:
@@ -78,13 +85,12 @@ class _Rank:
     def train(self) -> int:
         from orchestrator.worker import data, schedule
         from orchestrator.worker.checkpoint import Checkpoints
-        from orchestrator.worker.engines import megatron
 
         job, layout, train = self._job, self._layout, self._job.train
         at = ", ".join(f"{axis} {index}" for axis, index in layout.coordinates(self._launch.rank).items())
         print(f"attempt {self._launch.attempt}: rank {self._launch.rank} of {layout.world} ({at}) on {self._device}")
         began = time.monotonic()
-        engine = megatron.build(job, layout, self._device)
+        engine = import_engine(job.engine, self._device.type).build(job, layout, self._device)
         built = time.monotonic()
         text = data.open_data(job.data, train, job.model.vocab)
         checkpoints = Checkpoints(self._launch, layout, self._reporter)

@@ -36,10 +36,10 @@ def open_text(data: DataSpec) -> Source:
     dtype = _dtype(data)
 
     def load(folder: Path) -> Source:
-        def map_tokens(count: int) -> np.ndarray:
+        def map_tokens(ends: np.ndarray) -> np.ndarray:
             tokens = np.memmap(folder / "tokens.bin", dtype, "r")
-            if len(tokens) != count:
-                raise ValueError(f"{len(tokens)} tokens are not {count}")
+            if len(tokens) != ends[-1]:
+                raise ValueError(f"{len(tokens)} tokens are not {ends[-1]}")
             return tokens
 
         return token_cache.read_facts(folder, f"{len(files)} files", map_tokens)
@@ -65,12 +65,11 @@ def _build(folder: Path, data: DataSpec, files: list[TextFile]) -> None:
         ends = np.cumsum(_write(out, data, [*kept, *sorted(held_out)], dtype))
         os.fsync(out.fileno())
     total = int(ends[-1])
+    if not total:
+        raise InputError("data.tokenizer", data.tokenizer, f"makes no token of the text of {len(files)} files")
     train_tokens = int(ends[len(kept) - 1]) if held_out else total - round(total * data.validation_fraction)
-    pieces = (
-        np.fromfile(folder / "tokens.bin", dtype, min(PIECE, total - start), offset=start * dtype.itemsize)
-        for start in range(0, total, PIECE)
-    )
-    token_cache.write_facts(folder, pieces, train_tokens, ends, corpus.vocabulary_size(data))
+    tokens = np.memmap(folder / "tokens.bin", dtype, "r")
+    token_cache.write_facts(folder, tokens, train_tokens, ends, corpus.vocabulary_size(data))
 
 
 def _is_held_out(file: TextFile, fraction: float) -> bool:

@@ -17,9 +17,8 @@ from typing import Any
 
 from variants import GLOBAL_BATCH, VARIANTS, job
 
-from jobs.errors import InputError
 from jobs.spec import DEGREES, JobSpec, LayoutSpec
-from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, batch_refusal, check_job, refusal
+from parallel.capabilities import why_refused
 from parallel.layout import Layout, divisors
 
 ENGINES = ("megatron", "deepspeed")
@@ -65,7 +64,7 @@ class Case:
         model = VARIANTS[self.variant]
         if self.drop != "none":
             model = model.model_copy(update={"capacity_factor": 1.0, "drop_order": self.drop})
-        return job(model, self.engine, self.layout)
+        return job(model, self.engine, self.layout, packing=self.packed)
 
     @property
     def world(self) -> int:
@@ -97,19 +96,6 @@ class Case:
         if self.packed:
             found.add("packed")
         return frozenset(found)
-
-    @property
-    def refused(self) -> str | None:
-        """Why the capability table refuses it; None: it does not."""
-        spec = self.job
-        try:
-            check_job(spec)
-            layout = Layout.of(spec.layout)
-        except InputError as error:
-            return error.rule
-        broken = refusal(ATTENTION_RULES + EXPERT_RULES, layout, spec)
-        broken = broken or batch_refusal(layout, spec, GLOBAL_BATCH // (layout.dp * (spec.layout.micro_batch or 1)))
-        return broken[1] if broken else None
 
 
 @cache
@@ -157,7 +143,7 @@ def micro_batch_choices(mesh: dict[str, int]) -> tuple[int, ...]:
 
 
 def drawn(random_numbers: random.Random, number: int) -> Iterator[Case]:
-    """Cases that mean something, accepted or not: every world, engine and model as often, each option one time in three."""
+    """Cases that mean something, accepted or not: worlds, engines and models alike, an option one time in three."""
     for _ in range(number):
         engine, variant = random_numbers.choice(ENGINES), random_numbers.choice(list(VARIANTS))
         mesh = random_numbers.choice(degrees(random_numbers.choice(WORLDS)))
@@ -212,7 +198,7 @@ def accepted(seed: int) -> tuple[Case, ...]:
     """All of DRAWN draws from `seed` that the table accepts, each once."""
     found: dict[str, Case] = {}
     for each in drawn(random.Random(seed), DRAWN):
-        if each.refused is None:
+        if why_refused(each.job) is None:
             found.setdefault(each.name, each)
     return tuple(found.values())
 
@@ -246,7 +232,7 @@ def refusals(pair: Pair) -> list[str]:
             candidate = case(engine, variant, mesh, micro_batch, chosen)
             if not set(features) <= candidate.features | {variant, f"world {candidate.world}"}:
                 continue
-            why = candidate.refused
+            why = why_refused(candidate.job)
             if why is None:
                 return []
             reasons[why] += 1

@@ -9,17 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from cases import Case
 
 from jobs.spec import JobSpec
-from orchestrator.worker.exactness.oracle import Account, oracle, settled
+from orchestrator.worker.exactness.oracle import Account, dispatch_groups_of, settled
 from orchestrator.worker.exactness.trial import Trial, train
 from orchestrator.worker.exactness.verdict import FP32, Bars, Verdict, compare
 from orchestrator.worker.ranks import Ranks
-from parallel.dispatch import dispatch_groups
-from parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Matrix:
         self._lock = threading.Lock()
 
     def start(self, cases: Iterable[Case], seed: int = 1) -> dict[str, Future[Result]]:
-        """A future result for each case by its name; they run in their order. Oracles begin to look for a seed at `seed`."""
+        """A future result for each case by its name, run in their order. Oracles look for a seed from `seed` on."""
         return {case.name: self._pool.submit(self._run, case, seed) for case in cases}
 
     def stop(self) -> None:
@@ -80,41 +76,27 @@ class Matrix:
             seed = job.train.seed
             train_spec = job.train.model_copy(update={"precision": self._precision})
             job = job.model_copy(update={"train": train_spec, "layout": case.layout, "engine": case.engine})
-            trained = train(self._ranks, Trial(job, case.packed))
+            trained = train(self._ranks, Trial(job))
             verdict, error = compare(trained, account, job.model, self._bars), ""
         except (RuntimeError, TimeoutError, ValueError) as failure:
             verdict, error = None, str(failure)
         return Result(case, verdict, error, seed, time.monotonic() - began)
 
     def _oracle(self, case: Case, seed: int) -> tuple[JobSpec, Account]:
-        job, groups = case.job, None
+        """The case's job at a seed that serves, and the oracle's account, which equal families of layouts share."""
+        job = case.job
         cluster = job.cluster.model_copy(update={"device": self._device})
         job = job.model_copy(update={"cluster": cluster, "train": job.train.model_copy(update={"seed": seed})})
-        if job.model.capacity_factor:
-            assert case.layout.micro_batch is not None
-            groups = dispatch_groups(
-                Layout.of(case.layout), case.layout.micro_batch, job.train.global_batch, job.train.sequence_length
-            )
-        key = (case.variant, case.drop, case.packed, groups is not None and groups.tobytes())
+        groups = dispatch_groups_of(job)
+        key = (case.variant, case.drop, case.packed, None if groups is None else groups.tobytes())
         with self._lock:
             known = self._oracles.get(key)
+            mine = known is None
             if known is None:
                 known = self._oracles[key] = Future()
-                mine = True
-            else:
-                mine = False
         if mine:
             try:
-                known.set_result(self._ranks.run(1, _settled, job, case.packed, groups, seconds=120)[0])
+                known.set_result(self._ranks.run(1, settled, job, seconds=120)[0])
             except BaseException as failure:
                 known.set_exception(failure)
         return known.result()
-
-
-def _settled(rank: int, job: JobSpec, packed: bool, groups: np.ndarray | None) -> tuple[JobSpec, Account]:
-    """On a rank of its own, so that oracles run beside one another, and no GPU is touched here."""
-    if job.cluster.device == "cuda":
-        device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.float32
-    else:
-        device, dtype = torch.device("cpu"), torch.float64
-    return settled(job, lambda seeded: oracle(seeded, groups, packed=packed, dtype=dtype, device=device))

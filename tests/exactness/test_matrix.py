@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
-from cases import ENGINES, FEWEST_CASES, TIMES, WORLDS, Case, accepted, features, matrix, pairs, refusals, subset
+from cases import Case, subset
 from matrix import Outcome
 
 

@@ -65,12 +65,12 @@ TRAIN = TrainSpec(
 )
 
 
-def job(model: ModelArchitecture, engine: str, layout: LayoutSpec) -> JobSpec:
+def job(model: ModelArchitecture, engine: str, layout: LayoutSpec, *, packing: bool) -> JobSpec:
     return JobSpec(
         name="exactness",
         engine=engine,
         model=model,
-        data=DataSpec(files=("unused",)),
+        data=DataSpec(files=("unused",), packing=packing),
         cluster=ClusterSpec(name="laptop", device="cpu", hardware="laptop_cpu", devices_per_node=8),
         layout=layout,
         train=TRAIN,

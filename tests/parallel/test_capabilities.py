@@ -107,8 +107,13 @@ def test_what_runs(make_job: Any, model: str, layout: dict[str, int]) -> None:
             "engine=deepspeed: the deepspeed engine is not available yet; nearest valid: megatron",
         ),
         (
-            {"model": "deepseek_v3", "model_changes": {"router_bias": False, "router_score": "softmax"}},
+            {"model": "deepseek_v3"},
             "model.kv_lora_rank=512: no engine runs multi-latent attention yet; nearest valid: 0",
+        ),
+        (
+            {"layout": {"dispatcher": "flex"}},
+            "layout.dispatcher=flex: flex moves tokens by DeepEP, which runs on GPUs, and this job is for cpu; "
+            "nearest valid: alltoall",
         ),
         (
             {"layout": {"context_attention": "ulysses"}},
@@ -116,14 +121,28 @@ def test_what_runs(make_job: Any, model: str, layout: dict[str, int]) -> None:
             "or in turn (ring), not heads; nearest valid: gather",
         ),
         (
-            {"model_changes": {"router_bias": True}},
-            "model.router_bias=True: the megatron engine does not balance experts by a router bias yet; "
-            "use model.aux_loss; nearest valid: False",
+            {"layout": {"dispatcher": "flex"}, "cluster": "h200_x8", "precision": "fp32"},
+            "layout.dispatcher=flex: flex moves tokens by DeepEP, which takes them in bf16, and "
+            "train.precision=fp32; nearest valid: alltoall",
         ),
         (
-            {"model_changes": {"router_score": "sigmoid"}},
-            "model.router_score=sigmoid: the megatron engine does not score experts by sigmoid yet; "
-            "nearest valid: softmax",
+            {"layout": {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}},
+            "layout.recompute_modules=('core_attn', 'mlp'): mlp is of dense feed-forward layers, and quickstart has "
+            "none; nearest valid: ('core_attn',)",
+        ),
+        (
+            {"layout": {"zero_stage": 3}},
+            "layout.zero_stage=3: the megatron engine shards the optimizer's state and nothing else; "
+            "layout.optimizer_replicas says over how many ranks; nearest valid: 1",
+        ),
+        (
+            {"layout": {"offload_optimizer": "cpu"}},
+            "layout.offload_optimizer=cpu: the megatron engine keeps optimizer state on the device; "
+            "nearest valid: none",
+        ),
+        (
+            {"layout": {"offload_parameters": "nvme"}},
+            "layout.offload_parameters=nvme: the megatron engine keeps weights on the device; nearest valid: none",
         ),
     ],
 )
@@ -131,3 +150,41 @@ def test_jobs_that_no_layout_helps(make_job: Any, job: dict[str, Any], message: 
     with pytest.raises(InputError) as caught:
         check_job(make_job(**job))
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"layout": {"dispatcher": "allgather"}},
+        {"layout": {"dispatcher": "flex"}, "cluster": "h200_x8"},
+        {"model": "llama3_8b", "layout": {"dispatcher": "flex", "recompute_modules": ("moe",)}},  # neither is asked for
+        {"layout": {"recompute": "selective", "recompute_modules": ("core_attn", "layernorm", "moe", "moe_act")}},
+        {"model": "llama3_8b", "layout": {"recompute": "selective", "recompute_modules": ("mlp",)}},
+        {"model_changes": {"router_bias": True}},
+        {"model_changes": {"router_bias": True, "router_score": "sigmoid", "router_normalize_top_k": False}},
+        {"model_changes": {"capacity_factor": 1.25, "drop_order": "position"}},
+    ],
+)
+def test_jobs_that_run(make_job: Any, job: dict[str, Any]) -> None:
+    check_job(make_job(**job))
+
+
+def test_optimizer_copies_divide_the_replicas_of_every_weight(make_job: Any) -> None:
+    job = make_job(layout={"optimizer_replicas": 2})
+    attention = refusal(
+        RULES, Layout(tp=4, dp=3), make_job("llama3_8b", layout={"optimizer_replicas": 2}, global_batch=33)
+    )
+    assert attention is not None
+    assert attention[1] == "optimizer_replicas=2 does not divide dp*cp=3"
+    experts = refusal(RULES, Layout(dp=4, ep=4), job)
+    assert experts is not None
+    assert experts[1] == "optimizer_replicas=2 does not divide edp=1"
+    assert refusal(RULES, Layout(dp=4, ep=2), job) is None
+
+
+def test_flex_has_ranks_to_move_tokens_between(make_job: Any) -> None:
+    job = make_job(cluster="h200_x8", layout={"dispatcher": "flex"})
+    alone = refusal(RULES, Layout(dp=2), job)
+    assert alone is not None
+    assert alone[1] == "dispatcher=flex moves tokens between ranks, and etp*ep=1 leaves none to move"
+    assert refusal(RULES, Layout(dp=2, ep=2), job) is None

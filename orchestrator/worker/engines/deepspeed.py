@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Parameter, functional
 from torch.utils.checkpoint import checkpoint
 
 from jobs.spec import JobSpec
 from models.reference import Decoder, MoE, Router
-from models.weights import Shard, Source, drawn, whole
+from models.weights import Shard, Source, drawn, fill, whole
 from orchestrator.worker.engines.protocol import Batch, StepResult
 from parallel.layout import Layout
 
@@ -32,6 +35,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger, set_z3_leaf_modules
 
 from models.deepspeed_experts import EXPERT_GROUP, ParallelExperts
+from orchestrator.worker.engines.deepspeed_checkpoint import Held, load, save
 from orchestrator.worker.engines.deepspeed_state import State
 
 # It would run compilers and query GPUs to know what it could compile, and on a CPU then compile an all-reduce.
@@ -74,9 +78,10 @@ class DeepSpeedEngine:
             eps=self._train.adam_epsilon,
             fused=True,
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=self._decoder, optimizer=optimizer, config=self._configuration(), dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints how much memory there is
+            self._engine, *_ = deepspeed.initialize(
+                model=self._decoder, optimizer=optimizer, config=self._configuration(), dist_init_required=False
+            )
         self._state = State(self._engine, optimizer)
         self.set_weights(drawn(job.model, self._train.seed))
 
@@ -110,23 +115,29 @@ class DeepSpeedEngine:
         return (total / counted).item()
 
     def set_weights(self, source: Source) -> None:
-        for name, parameter in self._decoder.named_parameters():
-            self._state.write(parameter, "weight", source(self._shard(name, parameter)).to(parameter.dtype))
-        for name, bias in self._router_biases():
-            bias.copy_(source(whole(name, bias)))
+        for held in self._held():
+            # In the precision that is trained in: the optimizer's copy begins from what the model sees.
+            self._state.write(held.parameter, "weight", source(held.block).to(held.parameter.dtype))
+        fill(self._biases(), source)
         self._state.renew()
 
     def weights(self) -> Iterator[Shard]:
-        for name, parameter in self._decoder.named_parameters():
-            yield self._shard(name, self._state.read(parameter, "weight"))
-        for name, bias in self._router_biases():
-            yield whole(name, bias.clone())
+        for held in self._held():
+            yield replace(held.block, part=self._state.read(held.parameter, "weight"))
+        for bias in self._biases():
+            yield replace(bias, part=bias.read())
 
     def save(self, folder: Path) -> None:
-        raise NotImplementedError
+        save(self._state, self._held(), self._biases(), folder)
 
     def load(self, folder: Path) -> None:
-        raise NotImplementedError
+        load(self._state, self._held(), self._biases(), folder)
+
+    def _held(self) -> list[Held]:
+        return [Held(parameter, self._block(name, parameter)) for name, parameter in self._decoder.named_parameters()]
+
+    def _biases(self) -> list[Shard]:
+        return [whole(f"{name}.bias", router.bias) for name, router in self._routers()]
 
     def _build_decoder(self) -> Decoder:
         """Without values yet; weights in the precision that they are trained in, router biases in fp32."""
@@ -188,6 +199,8 @@ class DeepSpeedEngine:
             "allgather_bucket_size": _BUCKET,
             # Vectors are kept whole by every rank, matrices are not.
             "stage3_param_persistence_threshold": 2 * job.model.hidden,
+            "offload_optimizer": self._offload(options.offload_optimizer),
+            "offload_param": self._offload(options.offload_parameters),
         }
         return {
             # Micro-batches are counted in train_step, which says which is the last: DeepSpeed would divide by their
@@ -204,9 +217,17 @@ class DeepSpeedEngine:
             "communication_data_type": "fp32",
         }
 
-    def _shard(self, name: str, part: Tensor) -> Shard:
-        shape = tuple(getattr(part, "ds_shape", part.shape))
-        return Shard(name, shape, (0,) * len(shape), shape, part)
+    def _offload(self, place: str) -> dict[str, Any]:
+        return {
+            "device": place,
+            "nvme_path": self._job.layout.nvme_folder if place == "nvme" else None,
+            "pin_memory": self._device.type == "cuda",
+        }
+
+    def _block(self, name: str, parameter: Parameter) -> Shard:
+        """Which block of the model's tensors a parameter is; ZeRO-3 leaves its own shape aside."""
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        return Shard(name, shape, (0,) * len(shape), shape, parameter.data)
 
     def _step(self) -> float:
         """Clip, step, and forget the gradients. Returns the norm before clipping."""
@@ -222,7 +243,7 @@ class DeepSpeedEngine:
         return float(norm)
 
     def _gradient_norm(self) -> Tensor:
-        """Of all parameters, each once. DeepSpeed's, without ZeRO, is the mean over ranks of what each of them holds."""
+        """Of all parameters, each once. DeepSpeed's own, without ZeRO, is the mean of the norms of what ranks hold."""
         squares = torch.zeros(2, dtype=torch.float64, device=self._device)
         for parameter in self._decoder.parameters():
             squares[int(hasattr(parameter, "group_name"))] += parameter.grad.float().norm().double().square()
@@ -231,13 +252,10 @@ class DeepSpeedEngine:
         return squares.sum().sqrt()
 
     def _routers(self) -> Iterator[tuple[str, Router]]:
+        """Those that are balanced by a bias."""
         for name, module in self._decoder.named_modules():
             if isinstance(module, Router) and self._job.model.router_bias:
                 yield name, module
-
-    def _router_biases(self) -> Iterator[tuple[str, Tensor]]:
-        for name, router in self._routers():
-            yield f"{name}.bias", router.bias
 
     def _update_router_biases(self) -> None:
         for _, router in self._routers():

@@ -34,7 +34,7 @@ class State:
 
     @torch.no_grad()
     def write(self, parameter: Parameter, kept: Kept, value: Tensor) -> None:
-        """Set from a tensor of the whole parameter's shape, the same on all ranks; a weight as the model sees it too."""
+        """Set from a tensor of the whole parameter's shape, equal on all ranks; of a weight, the model's copy too."""
         key = None if kept == "weight" else kept
         value = value.to(parameter.device, torch.float32)
         if self._stage == 0:

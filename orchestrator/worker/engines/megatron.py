@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from jobs.errors import InputError
 from jobs.spec import JobSpec
 from models.megatron_shards import megatron_shards
 from models.megatron_specs import build_model, transformer_config
@@ -33,6 +34,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -42,8 +44,10 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> MegatronEngine:
     """Set up this rank's part of `job` at `layout` on `device`.
 
     Wants torch.distributed initialised with layout.world ranks, gloo for a CPU or NCCL with the device set for a GPU.
-    Once a process: Megatron's parallel state is global.
+    Once a process: Megatron's parallel state is global. InputError where the job needs DeepEP and this node has none.
     """
+    if job.model.is_moe and job.layout.dispatcher == "flex" and not HAVE_DEEP_EP:
+        raise InputError("layout.dispatcher", "flex", "DeepEP (the module deep_ep) is not installed here", "alltoall")
     if device.type == "cpu":
         install()
     repair_megatron()
