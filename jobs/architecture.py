@@ -70,6 +70,8 @@ class ModelArchitecture(Spec):
                 raise ValueError(f"experts={self.experts} need expert_ffn above 0")
         if self.dense_layers and self.ffn == 0:
             raise ValueError(f"{self.dense_layers} dense layers need ffn above 0")
+        if self.shared_expert_gate and not self.shared_expert_ffn:
+            raise ValueError("shared_expert_gate=True needs shared_expert_ffn above 0")
         if self.is_multi_latent and not (self.rope_head_dim and self.value_head_dim):
             raise ValueError(f"kv_lora_rank={self.kv_lora_rank} needs rope_head_dim and value_head_dim above 0")
         return self

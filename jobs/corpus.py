@@ -1,4 +1,4 @@
-"""Which text a job trains on: fsspec URLs and globs resolved to files, and checked before anything is created.
+"""Which data a job trains on: fsspec URLs and globs resolved to files of text, and all checked before anything starts.
 
 Pure but for the filesystems that the user names. `stdlib:GLOB` is the running interpreter's standard library, without
 what is installed beside it (site-packages) and without tests, which Linux distributions often leave out.
@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from jobs import indexed
 from jobs.errors import CombinedInputError, InputError, closest
-from jobs.spec import DataSpec
+from jobs.spec import DataSpec, TrainSpec
 
 STDLIB = "stdlib:"
 SEPARATOR = 256
@@ -57,12 +58,16 @@ def resolve(data: DataSpec) -> list[TextFile]:
     return sorted(found.values())
 
 
-def check(data: DataSpec) -> None:
-    """Raise InputError unless the text and the tokenizer are there and can be read.
+def check(data: DataSpec, train: TrainSpec) -> None:
+    """Raise InputError unless the text and the tokenizer, or the token files, are there and can be read.
 
-    Costs a listing a pattern and the first bytes of each pattern's first file with text in it.
+    Costs a listing a pattern and the first bytes of each pattern's first file with text in it; of token files, see
+    `jobs.indexed`.
     """
-    for pattern, files in zip(data.files, _matches(data), strict=True):
+    if data.indexed is not None:
+        indexed.check(data, train)
+        return
+    for pattern, files in zip(data.files or (), _matches(data), strict=True):
         first = next(file for file in files if file.size_bytes)
         try:
             with first.open() as stream:
@@ -73,7 +78,12 @@ def check(data: DataSpec) -> None:
 
 
 def check_vocabulary(data: DataSpec, vocab: int) -> None:
-    """Raise InputError unless a model of `vocab` token ids can read what `data.tokenizer` writes."""
+    """Raise InputError unless a model of `vocab` token ids can read what `data.tokenizer` writes.
+
+    Ids of token files are looked at when they are opened, for that takes reading them.
+    """
+    if data.indexed is not None:
+        return
     needed = vocabulary_size(data)
     if vocab < needed:
         of_bytes = " (256 bytes and a document separator)" if data.tokenizer == "bytes" else ""
@@ -120,7 +130,7 @@ def unreadable(pattern: str, error: Exception, file: str | None = None) -> Input
 def _matches(data: DataSpec) -> list[list[TextFile]]:
     """The files of each pattern, in the order of `data.files`, each with some text in it."""
     found, errors = [], []
-    for pattern in data.files:
+    for pattern in data.files or ():
         try:
             files = sorted(_stdlib(pattern) if pattern.startswith(STDLIB) else _files(pattern))
             if not any(file.size_bytes for file in files):

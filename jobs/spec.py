@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from jobs.architecture import ModelArchitecture, Spec
 
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class DataSpec(Spec):
-    """Text to train on. `files` are fsspec URLs or globs; `stdlib:**/*.py` is the running interpreter's library."""
+    """What to train on: text (`files`), or token files of Megatron's preprocess_data (`indexed`)."""
 
-    files: tuple[str, ...] = Field(min_length=1)
-    tokenizer: str = Field("bytes", description="'bytes', or the path of a tokenizers JSON file")
-    validation_fraction: float = Field(0.02, ge=0, lt=1, description="share of the text kept out of training")
+    files: tuple[str, ...] | None = Field(
+        None, min_length=1, description="fsspec URLs or globs of text; `stdlib:**/*.py` is the interpreter's library"
+    )
+    indexed: dict[str, Weight] | None = Field(
+        None, min_length=1, description="path of a .bin and .idx, without the ending -> its weight in the blend"
+    )
+    tokenizer: str = Field("bytes", description="of files: 'bytes', or the path of a tokenizers JSON file")
+    packing: bool = Field(False, description="rows of whole documents, each with attention and positions of its own")
+    validation_fraction: float = Field(0.02, ge=0, lt=1, description="share of the tokens kept out of training")
     cache: str | None = Field(None, description="folder of the token cache; default: the user's cache folder")
 
     @field_validator("files", mode="before")
     @classmethod
     def _one_file(cls, files: object) -> object:
         return (files,) if isinstance(files, str) else files
+
+    @field_validator("indexed", mode="before")
+    @classmethod
+    def _one_prefix(cls, indexed: object) -> object:
+        return {indexed: 1.0} if isinstance(indexed, str) else indexed
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> DataSpec:
+        if (self.files is None) == (self.indexed is None):
+            given = "neither" if self.files is None else "both: set data.files=null or data.indexed=null"
+            raise ValueError(f"names text (data.files) or token files (data.indexed), and here are {given}")
+        if self.indexed is not None and self.tokenizer != "bytes":
+            raise ValueError(f"tokenizer={self.tokenizer} reads text, and data.indexed is tokenised already")
+        return self
 
 
 class ClusterSpec(Spec):

@@ -25,6 +25,12 @@ def megatron_shards(module: nn.Module, model: ModelArchitecture, layout: Layout,
             yield from cut.of(_global_name(name, module), buffer)
 
 
+def whole_shards(name: str, tensor: Tensor, model: ModelArchitecture) -> Iterator[Shard]:
+    """What of `jobs.tensors` is in an undivided tensor of Megatron's, whose name counts layers in the model."""
+    undivided = Layout()
+    return _Cut(model, undivided, undivided.coordinates(0)).of(name, tensor)
+
+
 def _global_name(name: str, module: nn.Module) -> str:
     """Megatron counts a stage's layers from 0; each knows its place in the model."""
     if not name.startswith("decoder.layers."):

@@ -1,8 +1,8 @@
 """The oracle: a decoder-only transformer on one device, in plain PyTorch, in the precision that it is asked for.
 
 Every engine and every layout is held against it. It is written to be read: one class a part, no fusion, no branches
-for speed. Parts that a parallel engine computes otherwise (linears, the attention core, the experts) are attributes
-of their own, so that a layout is applied from outside.
+for speed. Parts that a parallel engine computes otherwise (linears, the attention core, the experts, a row's mean) are
+attributes of their own, so that a layout is applied from outside.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,7 @@ class Router(nn.Module):
     def __init__(self, model: ModelArchitecture) -> None:
         super().__init__()
         self.model = model
+        self.row_mean: Callable[[Tensor], Tensor] = partial(torch.mean, dim=1)
         self.weight = nn.Parameter(torch.empty(model.experts, model.hidden))
         if model.router_bias:
             self.register_buffer("bias", torch.zeros(model.experts))
@@ -180,7 +182,7 @@ class Router(nn.Module):
         """
         model = self.model
         chosen = torch.zeros_like(share).scatter(-1, share.topk(model.top_k).indices, 1.0)
-        balance = model.experts * (chosen.mean(1) / model.top_k * share.mean(1)).sum(-1).mean()
+        balance = model.experts * (self.row_mean(chosen) / model.top_k * self.row_mean(share)).sum(-1).mean()
         return model.aux_loss * balance + model.z_loss * logits.logsumexp(-1).square().mean()
 
     def _has_place(self, experts: Tensor, weights: Tensor, groups: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from jobs.errors import CombinedInputError, InputError, closest
 from orchestrator.run_folder import RunFolder, find_run, runs
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 3, 2, 130
+DONE, INEXACT, BAD_INPUT, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 Answer = tuple[Any, int]
 """The document that --json prints, and the exit code."""
 _EXIT_CODE = {"done": DONE, "failed": FAILED, "cancelled": INTERRUPTED, "interrupted": INTERRUPTED}
@@ -54,11 +54,12 @@ def _answer(arguments: Sequence[str]) -> int:
 
 def _plan(options: argparse.Namespace) -> Answer:
     from jobs import compose
-    from orchestrator.control import tables
+    from orchestrator.control import session, tables
     from parallel import planner
 
     job = compose.compose(options.job, options.overrides)
     planning = planner.plan_job(job)
+    session.with_weights(job, here=False)
     if not options.json:
         tables.planning(job, planning, options.top)
     return {
@@ -70,8 +71,8 @@ def _plan(options: argparse.Namespace) -> Answer:
     }, DONE
 
 
-def _resolved(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The job as it is to be run, and its planning."""
+def _resolved(options: argparse.Namespace, *, here: bool) -> tuple[Any, Any]:
+    """The job as it is to be run, on this machine if `here`, and its planning."""
     from jobs import compose
     from orchestrator.control import session
     from parallel import planner
@@ -80,16 +81,28 @@ def _resolved(options: argparse.Namespace) -> tuple[Any, Any]:
     planning = planner.plan_job(job)
     job = planner.resolve(job, planning.plans[0])
     session.check_fault(job)
-    _need_engines()
-    return job, planning
+    _need(*_TRAINING)
+    return session.with_weights(job, here=here), planning
 
 
 def _run(options: argparse.Namespace) -> Answer:
     from orchestrator.control import session
 
-    job, planning = _resolved(options)
+    job, planning = _resolved(options, here=True)
     _check_here(job)
     return _train(session.create(job, planning, options.run_root, "here"), job, options)
+
+
+def _exact(options: argparse.Namespace) -> Answer:
+    from jobs import compose
+    from orchestrator.control import exact
+    from parallel import planner, shrink
+
+    job = compose.compose(options.job, options.overrides)
+    job = planner.resolve(job, planner.plan_job(job).plans[0])
+    _need(*_TRAINING)
+    verdict = exact.check(job, shrink.shrink(job), quiet=options.json)
+    return verdict, DONE if verdict["exact"] else INEXACT
 
 
 def _check_here(job: Any) -> None:
@@ -98,7 +111,7 @@ def _check_here(job: Any) -> None:
     from orchestrator.control import cluster
 
     cluster.check_embedded(job.cluster)
-    corpus.check(job.data)
+    corpus.check(job.data, job.train)
     corpus.check_vocabulary(job.data, job.model.vocab)
 
 
@@ -113,7 +126,7 @@ def _train(run: RunFolder, job: Any, options: argparse.Namespace) -> Answer:
 def _submit(options: argparse.Namespace) -> Answer:
     from orchestrator.control import cluster, session
 
-    job, planning = _resolved(options)
+    job, planning = _resolved(options, here=False)
     client = cluster.check_cluster(os.environ.get("RAY_ADDRESS"), job.cluster)
     run = session.create(job, planning, options.run_root, "cluster")
     return _submitted(run, session.submit(run, job, client), options)
@@ -127,12 +140,15 @@ def _submitted(run: RunFolder, submission: str, options: argparse.Namespace) -> 
 
 
 def _resume(options: argparse.Namespace) -> Answer:
+    from orchestrator import manifests
     from orchestrator.control import cluster, session
 
     run = find_run(options.run_root, options.run)
     status = session.check_resumable(run)
     job = session.resumed_job(run, options.overrides)
-    _need_engines()
+    _need(*_TRAINING)
+    if not manifests.steps(run):
+        job = session.with_weights(job, here=status.get("where") == "here")
     if status.get("where") == "cluster":
         client = cluster.check_cluster(os.environ.get("RAY_ADDRESS"), job.cluster)
         session.resume(run, job, options.overrides)
@@ -256,13 +272,31 @@ def _checkpoint_verify(options: argparse.Namespace) -> Answer:
     return {"run_id": run.run_id, "checkpoints": verdicts}, DONE if all(each["whole"] for each in verdicts) else FAILED
 
 
-def _need_engines() -> None:
-    """Training needs more than planning does; say so before anything is created."""
+def _checkpoint_export(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import export, tables
+
+    run = find_run(options.run_root, options.run)
+    _need("an export", "torch", "safetensors")
+    try:
+        written = export.export(run, options.format, options.step, options.to)
+    except RuntimeError as error:
+        print(f"fivefold: {error}", file=sys.stderr)
+        return {"error": str(error)}, FAILED
+    if not options.json:
+        tables.exported(written)
+    return written, DONE
+
+
+_TRAINING = ("training", "torch", "megatron.core", "ray")
+
+
+def _need(what: str, *modules: str) -> None:
+    """Some verbs need more than planning does; say so before anything is created."""
     import importlib.util
 
-    missing = [name for name in ("torch", "megatron.core", "ray") if not _importable(importlib.util, name)]
+    missing = [name for name in modules if not _importable(importlib.util, name)]
     if missing:
-        raise InputError("environment", None, f"training needs {', '.join(missing)}", "pip install 'fivefold[train]'")
+        raise InputError("environment", None, f"{what} needs {', '.join(missing)}", "pip install 'fivefold[train]'")
 
 
 def _importable(util: Any, name: str) -> bool:
@@ -334,6 +368,7 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     plan = verb("plan", _plan, "rank the layouts of a job; needs no GPU, no Ray, no torch", "job", "overrides")
     plan.add_argument("--top", type=_count, default=10, metavar="N", help="layouts shown (default: 10)")
+    verb("exact", _exact, "hold the job's layout, on a small model here, against one device", "job", "overrides")
     verb("run", _run, "train here, in the foreground", "job", "overrides")
     verb("submit", _submit, "train on the Ray cluster at RAY_ADDRESS; prints the run id", "job", "overrides")
     verb("resume", _resume, "go on from the newest good checkpoint, at the same or another layout", "run", "overrides")
@@ -351,6 +386,10 @@ def _parser() -> tuple[_Parser, list[str]]:
     )
     verb("ls", _checkpoint_ls, "list them", "run", group=checkpoint)
     verb("verify", _checkpoint_verify, "read every byte and compare it with the manifest", "run", group=checkpoint)
+    export = verb("export", _checkpoint_export, "write one as a folder for other software", "run", group=checkpoint)
+    export.add_argument("--format", default="huggingface", help="huggingface (default): safetensors and config.json")
+    export.add_argument("--step", type=_count, metavar="N", help="the checkpoint (default: the newest that is whole)")
+    export.add_argument("--to", metavar="FOLDER", help="a new or empty folder (default: ./RUN-step-N)")
     verb("control", _control, "control a submitted run; called by its Ray job", "run")
     return parser, list(verbs.choices)
 

@@ -85,6 +85,20 @@ def batch_refusal(layout: Layout, job: JobSpec, micro_batches: int) -> tuple[Bat
     return None
 
 
+def why_refused(job: JobSpec) -> str | None:
+    """The first reason why a job with every degree and the micro-batch given cannot run as it is; None: it can."""
+    try:
+        check_job(job)
+        layout = Layout.of(job.layout)
+    except InputError as error:
+        return error.rule
+    share, micro_batch = job.train.global_batch // layout.dp, job.layout.micro_batch or 1
+    if share % micro_batch:
+        return f"micro_batch={micro_batch} does not divide global_batch/dp={job.train.global_batch}/{layout.dp}={share}"
+    broken = refusal(ATTENTION_RULES + EXPERT_RULES, layout, job) or batch_refusal(layout, job, share // micro_batch)
+    return broken[1] if broken else None
+
+
 # Jobs.
 
 
@@ -129,6 +143,15 @@ JOB_RULES = (
         BOTH,
         _when(lambda job: job.model.is_multi_latent, "no engine runs multi-latent attention yet"),
         nearest=0,
+    ),
+    JobRule(
+        "layout.context_attention",
+        MEGATRON,
+        _when(
+            lambda job: job.layout.context_attention == "ulysses",
+            "the megatron engine exchanges keys and values over cp, at once (gather) or in turn (ring), not heads",
+        ),
+        nearest="gather",
     ),
     JobRule(
         "model.router_normalize_top_k",
@@ -225,10 +248,34 @@ def _nobody_to_dispatch_to(layout: Layout, job: JobSpec) -> str | None:
     return None
 
 
+def _virtual_layers(layout: Layout, job: JobSpec) -> str | None:
+    stages, layers = layout.pp * layout.vpp, job.model.layers
+    if layers % stages == 0:
+        return None
+    return f"pp*vpp={layout.pp}*{layout.vpp}={stages} does not divide layers={layers}"
+
+
+def _zigzag_chunks(layout: Layout, job: JobSpec) -> str | None:
+    chunks, length = 2 * layout.cp, job.train.sequence_length
+    if layout.cp == 1 or length % chunks == 0:
+        return None
+    return f"2*cp=2*{layout.cp}={chunks} chunks, which balance causal attention, do not divide sequence_length={length}"
+
+
+def _split_sequence(layout: Layout, job: JobSpec) -> str | None:
+    parts, length = layout.tp * layout.cp, job.train.sequence_length
+    if length % parts == 0:
+        return None
+    if layout.cp == 1:
+        return f"tp={layout.tp} does not divide sequence_length={length}"
+    return f"tp*cp={layout.tp}*{layout.cp}={parts} does not divide sequence_length={length}"
+
+
 ATTENTION_RULES = (
-    Rule("context parallelism", "cp", BOTH, _no_context_parallelism),
-    Rule("virtual stages", "vpp", BOTH, _no_virtual_stages),
+    Rule("context parallelism", "cp", DEEPSPEED, _no_context_parallelism),
+    Rule("virtual stages", "vpp", DEEPSPEED, _no_virtual_stages),
     Rule("layers", "pp", BOTH, _divides("pp", "layers", lambda job: job.model.layers)),
+    Rule("layers", "vpp", MEGATRON, _virtual_layers),
     Rule("heads", "tp", BOTH, _divides("tp", "heads", lambda job: job.model.heads)),
     Rule("kv_heads", "tp", BOTH, _kv_heads),
     Rule("vocab", "tp", BOTH, _divides("tp", "vocab", lambda job: job.model.vocab)),
@@ -239,8 +286,9 @@ ATTENTION_RULES = (
         BOTH,
         _divides("tp", "shared_expert_ffn", lambda job: job.model.shared_expert_ffn if _moe(job) else 0),
     ),
+    Rule("sequence_length", "cp", MEGATRON, _zigzag_chunks),
     # Sequence parallelism, which goes with tp, splits the sequence too.
-    Rule("sequence_length", "tp", MEGATRON, _divides("tp", "sequence_length", lambda job: job.train.sequence_length)),
+    Rule("sequence_length", "tp", MEGATRON, _split_sequence),
     Rule("global_batch", "dp", BOTH, _divides("dp", "global_batch", lambda job: job.train.global_batch)),
     Rule("optimizer_replicas", "dp", MEGATRON, _optimizer_replicas("dp*cp", lambda layout: layout.dp * layout.cp)),
 )
@@ -254,4 +302,11 @@ EXPERT_RULES = (
     Rule("dispatcher", "ep", MEGATRON, _nobody_to_dispatch_to),
 )
 
-BATCH_RULES: tuple[BatchRule, ...] = ()
+
+def _interleaved_groups(layout: Layout, job: JobSpec, micro_batches: int) -> str | None:
+    if layout.vpp == 1 or micro_batches % layout.pp == 0:
+        return None
+    return f"vpp={layout.vpp} takes micro-batches in groups of pp={layout.pp}: {micro_batches} a step are no multiple"
+
+
+BATCH_RULES: tuple[BatchRule, ...] = (BatchRule("micro-batches", "vpp", MEGATRON, _interleaved_groups),)

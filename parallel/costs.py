@@ -2,7 +2,7 @@
 
 Compute is model FLOPs at the rate a device achieves, plus the memory traffic and the launches that do not hide behind
 them. Collectives are rings over the slower of the links they cross (Thakur et al. 2005; alpha-beta model). The
-schedule is 1F1B, idle for (p - 1) / m of its work (Narayanan et al. 2021).
+schedule is 1F1B, idle for (p - 1) / (v m) of its work (Narayanan et al. 2021).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class TimeEstimate:
     """Tensor-parallel collectives, attention's and the experts'."""
     expert: float
     """All-to-all of tokens to experts and back."""
+    context: float
+    """Keys and values, or heads, exchanged over the ranks that share a sequence."""
     pipeline: float
     """Activations and their gradients between stages."""
     bubble: float
@@ -86,19 +88,26 @@ def estimate_time(job: JobSpec, layout: Layout, micro_batch: int, hardware: Hard
     activation = element_bytes(job) * micro_batch * job.train.sequence_length * job.model.hidden / layout.cp / layout.tp
     # Each micro-batch is received once forward and its gradient once backward, sent the same.
     between = 2 * network.send(activation, layout.tp * layout.cp * layout.dp) if layout.pp > 1 else 0.0
+    between *= layout.vpp  # a micro-batch passes each stage once a virtual stage
+    context_layer = _context_seconds(job, layout, micro_batch, network)
+    # Recomputing a layer is its forward once more: of matrix products a third of what there was, of collectives a half.
+    again = job.layout.recompute == "full"
+    compute_factor, collective_factor = (4 / 3, 1.5) if again else (1.0, 1.0)
     launch = layers * hardware.layer_launch_seconds
 
     def of_stage(stage: Stage) -> TimeEstimate:
-        compute = _compute_seconds(job, layout, micro_batch, stage, hardware)
-        tensor = stage.dense_layers * tensor_dense + stage.moe_layers * tensor_moe
-        expert = stage.moe_layers * all_to_all
+        compute = compute_factor * _compute_seconds(job, layout, micro_batch, stage, hardware)
+        tensor = collective_factor * (stage.dense_layers * tensor_dense + stage.moe_layers * tensor_moe)
+        expert = collective_factor * stage.moe_layers * all_to_all
+        context = collective_factor * layers * context_layer
         return TimeEstimate(
             compute=micro_batches * compute,
             launch=micro_batches * launch,
             tensor=micro_batches * tensor,
             expert=micro_batches * expert,
+            context=micro_batches * context,
             pipeline=micro_batches * between,
-            bubble=(layout.pp - 1) * (compute + launch + tensor + expert + between),
+            bubble=(layout.pp - 1) / layout.vpp * (compute + launch + tensor + expert + context + between),
             data=_data_seconds(job, layout, stage, network),
             optimizer=_optimizer_seconds(job, layout, stage, hardware),
         )
@@ -155,6 +164,23 @@ def _all_to_all_seconds(job: JobSpec, layout: Layout, micro_batch: int, network:
     copies = routed_tokens(job, layout, micro_batch) / layout.etp
     volume = element_bytes(job) * copies * job.model.hidden
     return 4 * network.all_to_all(volume, layout.ep, layout.etp)
+
+
+def _context_seconds(job: JobSpec, layout: Layout, micro_batch: int, network: Network) -> float:
+    """One layer's attention over the ranks that share a sequence, a micro-batch, forward and backward.
+
+    Gathered or passed round, keys and values travel once forward and once more backward, and their gradients back.
+    Ulysses sends queries, keys, values and the output all to all, and the gradients of the four.
+    """
+    if layout.cp == 1:
+        return 0.0
+    model = job.model
+    tokens = micro_batch * job.train.sequence_length
+    keys = 2 * model.kv_heads * model.head_dim / layout.tp
+    if job.layout.context_attention == "ulysses":
+        volume = element_bytes(job) * tokens / layout.cp * (keys + 2 * model.heads * model.head_dim / layout.tp)
+        return 2 * network.all_to_all(volume, layout.cp, layout.tp)
+    return 3 * network.all_gather(element_bytes(job) * tokens * keys, layout.cp, layout.tp)
 
 
 def _data_seconds(job: JobSpec, layout: Layout, stage: Stage, network: Network) -> float:

@@ -2,7 +2,7 @@
 
 Sources: mixed-precision states as in ZeRO (Rajbhandari et al. 2020) with Megatron-Core's distributed optimizer;
 activations after Korthikanti et al. 2022, rewritten for RMSNorm, GQA, SwiGLU and MoE, without dropout, with a fused
-attention that keeps no scores, without recomputation; 1F1B as in Narayanan et al. 2021.
+attention that keeps no scores, of recomputation the full one only; 1F1B as in Narayanan et al. 2021.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class Stage:
 
 
 def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
-    """The pipeline's stages, first to last, each of layers / pp layers."""
+    """The pipeline's stages, first to last, each of layers / pp layers; with virtual stages, dealt out in turn."""
     per_stage = model.layers // layout.pp
+    per_chunk = per_stage // layout.vpp
     every_layer = (
         model.attention_split_parameters // layout.tp + model.attention_replicated_parameters + model.norm_parameters
     )
@@ -67,7 +68,8 @@ def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
     found = []
     for index in range(layout.pp):
         is_first, is_last = index == 0, index == layout.pp - 1
-        dense = min(per_stage, max(0, model.dense_layers - index * per_stage))
+        chunks = range(index, layout.pp * layout.vpp, layout.pp)
+        dense = sum(min(per_chunk, max(0, model.dense_layers - chunk * per_chunk)) for chunk in chunks)
         moe = per_stage - dense
         # The head is a table of its own; tied, the last stage still needs its copy unless it is the first as well.
         tables = is_first + (is_last and not (is_first and model.tied_embeddings))
@@ -115,7 +117,7 @@ def estimate_memory(job: JobSpec, layout: Layout, micro_batch: int) -> MemoryEst
     """Bytes on a rank of the pipeline stage that holds most."""
     model, element = job.model, element_bytes(job)
     device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
-    dense_layer, moe_layer = activation_bytes(job, layout, micro_batch)
+    kept_dense, kept_moe = dense_layer, moe_layer = activation_bytes(job, layout, micro_batch)
     micro_batches = job.train.global_batch // (layout.dp * micro_batch)
     tokens = micro_batch * job.train.sequence_length // layout.cp
     widest = max(model.ffn, model.shared_expert_ffn, model.head_dim * model.heads) // layout.tp
@@ -125,27 +127,38 @@ def estimate_memory(job: JobSpec, layout: Layout, micro_batch: int) -> MemoryEst
         2 * model.hidden * model.expert_ffn // layout.etp,
     )
     workspace = element * (tokens * (2 * model.hidden + 3 * widest) + largest_weight)
+    if job.layout.recompute == "full":
+        # A layer keeps its input; while it is recomputed, one holds all that its backward needs.
+        workspace += max(dense_layer, moe_layer)
+        kept_dense = kept_moe = element * tokens * model.hidden // layout.tp
     # bf16 keeps fp32 gradients, and an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
     optimizer_bytes = 12 if job.train.precision == "bf16" else 8
     estimates = []
     for index, stage in enumerate(stages(model, layout)):
         parameters = stage.dense_parameters + stage.expert_parameters
         optimizer = stage.dense_parameters / (layout.dp * layout.cp) + stage.expert_parameters / layout.edp
-        in_flight = min(micro_batches, layout.pp - index)
-        layers = stage.dense_layers * dense_layer + stage.moe_layers * moe_layer
+        layers = stage.dense_layers * kept_dense + stage.moe_layers * kept_moe
         # Logits in the model's precision with their gradient, and the fp32 softmax that the loss keeps.
         logits = tokens * model.vocab // layout.tp * (2 * element + 4) if stage.is_last else 0
         allocated = {
             "weights": parameters * element,
             "gradients": parameters * 4,
             "optimizer": round(optimizer * optimizer_bytes),
-            "activations": in_flight * layers,
+            "activations": round(_in_flight(layout, index, micro_batches) * layers),
             "logits": logits,
             "workspace": workspace,
         }
         slack = round(ALLOCATOR_SLACK * sum(allocated.values()))
         estimates.append(MemoryEstimate(**allocated, overhead=device.reserved_bytes + slack))
     return max(estimates, key=lambda estimate: estimate.total)
+
+
+def _in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a stage holds at once, in units of all its layers (Narayanan et al. 2021)."""
+    if layout.vpp == 1:
+        return min(micro_batches, layout.pp - stage)
+    chunks = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+    return min(micro_batches * layout.vpp, chunks) / layout.vpp
 
 
 def element_bytes(job: JobSpec) -> int:

@@ -209,7 +209,8 @@ class _Search:
 
 
 def _nothing_runs(job: JobSpec, rejections: tuple[Rejection, ...]) -> InputError:
-    changed = _nearest_layout(job)
+    nearest = _nearest_layouts(job)
+    changed = {axis for change in nearest for axis in change}
     # What blames a degree to be changed is said first.
     ordered = sorted(rejections, key=lambda rejection: rejection.axis not in (*changed, None))
     if len(ordered) == 1:
@@ -218,9 +219,10 @@ def _nothing_runs(job: JobSpec, rejections: tuple[Rejection, ...]) -> InputError
         classes = "; ".join(f"{rejection.example} ({rejection.key}: {rejection.count})" for rejection in ordered)
         why = f"no layout on {job.cluster.devices} devices runs: {classes}"
     if changed:
-        axis = next((rejection.axis for rejection in ordered if rejection.axis in changed), None) or next(iter(changed))
-        nearest = " ".join(f"{name}={degree}" for name, degree in changed.items())
-        return InputError(f"layout.{axis}", getattr(job.layout, axis), why, nearest)
+        blamed = next((rejection.axis for rejection in ordered if rejection.axis in nearest[0]), None)
+        axis = blamed or next(iter(nearest[0]))
+        shown = [" ".join(f"{name}={degree}" for name, degree in change.items()) for change in nearest]
+        return InputError(f"layout.{axis}", getattr(job.layout, axis), why, " or ".join(shown))
     cluster = _nearest_cluster(job, any(rejection.key == "memory" for rejection in rejections))
     if cluster is None:
         return InputError("cluster", job.cluster.name, why)
@@ -228,11 +230,14 @@ def _nothing_runs(job: JobSpec, rejections: tuple[Rejection, ...]) -> InputError
     return InputError(f"cluster.{field}", getattr(job.cluster, field), why, f"{field}={value}")
 
 
-def _nearest_layout(job: JobSpec) -> dict[str, int]:
-    """The fewest of the job's fixed degrees to change, by the smallest factors, so that it runs; {} if none helps."""
+def _nearest_layouts(job: JobSpec) -> list[dict[str, int]]:
+    """Changes to the fewest of the job's fixed degrees, by the smallest factors, with which it runs; [] if none help.
+
+    At most three, nearest first.
+    """
     fixed = {axis: degree for axis in (*DEGREES, "micro_batch") if (degree := getattr(job.layout, axis)) is not None}
     for number in range(1, len(fixed) + 1):
-        best: tuple[float, dict[str, int]] | None = None
+        found: dict[tuple[tuple[str, int], ...], float] = {}
         # Of equally near choices the one that leaves the first degrees (tp before etp) as they are.
         for freed in itertools.combinations(reversed(fixed), number):
             relaxed = job.layout.model_copy(update=dict.fromkeys(freed))
@@ -240,13 +245,11 @@ def _nearest_layout(job: JobSpec) -> dict[str, int]:
             for layout, fits in search.fitting():
                 for micro_batch in fits:
                     degrees = {**layout.as_dict(), "micro_batch": micro_batch}
-                    found = {axis: int(degrees[axis]) for axis in fixed if axis in freed}
-                    distance = sum(abs(log2(found[axis] / fixed[axis])) for axis in freed)
-                    if best is None or distance < best[0]:
-                        best = distance, found
-        if best:
-            return best[1]
-    return {}
+                    change = tuple((axis, int(degrees[axis])) for axis in fixed if axis in freed)
+                    found[change] = sum(abs(log2(degree / fixed[axis])) for axis, degree in change)
+        if found:
+            return [dict(change) for change in sorted(found, key=lambda change: found[change])[:3]]
+    return []
 
 
 def _nearest_cluster(job: JobSpec, short_of_memory: bool) -> tuple[str, int] | None:

@@ -72,7 +72,7 @@ class Controller:
         return outcome
 
     def _run(self) -> Stop:
-        corpus.check(self._job.data)
+        corpus.check(self._job.data, self._job.train)
         self._machines.connect()
         outcome = self._acquire()
         while outcome is None:

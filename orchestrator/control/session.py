@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jobs import compose
 from jobs.errors import CombinedInputError, InputError
 from jobs.spec import DEGREES, JobSpec
+from models import huggingface_folder
 from orchestrator import manifests
 from orchestrator.control import cluster
 from orchestrator.control.controller import Controller
@@ -22,12 +23,21 @@ from orchestrator.control.display import Display
 from orchestrator.control.plot import plot_loss
 from orchestrator.control.record import LIVE, RunRecord, State, Throughput, new_status, status_of
 from orchestrator.messages import Event, Stop
-from orchestrator.run_folder import RunFolder, new_run_id
+from orchestrator.run_folder import RunFolder, is_url, new_run_id
 from parallel import planner
 from parallel.hardware import hardware
 from parallel.layout import Layout
 
-_DECIDED_AT_START = ("name", "engine", "model", "data", "train.sequence_length", "train.global_batch", "train.seed")
+_DECIDED_AT_START = (
+    "name",
+    "engine",
+    "model",
+    "init_from",
+    "data",
+    "train.sequence_length",
+    "train.global_batch",
+    "train.seed",
+)
 """Keys that a resumed run keeps: with another value its samples or weights would not be the same run's."""
 
 
@@ -123,6 +133,22 @@ def check_fault(job: JobSpec) -> None:
         raise InputError("fault.kill_rank", fault.kill_rank, rule, layout.world - 1)
     if fault.at_step > job.train.steps:
         raise InputError("fault.at_step", fault.at_step, f"exceeds train.steps={job.train.steps}", job.train.steps)
+
+
+def with_weights(job: JobSpec, *, here: bool) -> JobSpec:
+    """The job with an absolute `init_from`, once that folder is seen to hold its model; InputError where it does not.
+
+    A folder that this machine does not have is left to the ranks, which check it before the first step, unless they
+    are to run `here`.
+    """
+    if job.init_from is None:
+        return job
+    place = Path(job.init_from).expanduser().absolute()
+    if not here and not is_url(job.init_from) and not place.exists():
+        print(f"init_from={job.init_from}: is not on this machine; the ranks will check it", file=sys.stderr)
+        return job
+    huggingface_folder.check(job.init_from, job.model)
+    return job.model_copy(update={"init_from": str(place)})
 
 
 def resume(run: RunFolder, job: JobSpec, overrides: Sequence[str]) -> None:

@@ -89,6 +89,14 @@ def checkpoints(run: RunFolder, found: list[CheckpointManifest]) -> None:
     print_table(None, [("step", True), ("layout", False), ("size", True), ("files", True), ("written", False)], rows)
 
 
+def exported(written: dict[str, Any]) -> None:
+    """From `export.export`."""
+    millions, size = written["parameters"] / 1e6, bytes_text(written["size_bytes"])
+    what = f"{written['run_id']} step {written['step']}: {millions:,.2f} M parameters as {written['family']}"
+    print(f"{what}, {len(written['files'])} files, {size}")
+    print(written["folder"])
+
+
 def _label(status: dict[str, Any]) -> str:
     degrees = {axis: degree for axis, degree in status["layout"].items() if axis != "edp"}
     return Layout(**degrees).label

@@ -50,6 +50,7 @@ class NodeAgent:
                 sys.executable,
                 "-m",
                 "orchestrator.node.zygote",
+                self._job.engine,
                 self._job.cluster.device,
                 str(self._job.policy.grace_seconds),
                 self._run.place,

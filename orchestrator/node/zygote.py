@@ -27,9 +27,9 @@ _PR_SET_NAME = 15
 
 
 def main() -> None:
-    """Started by the agent with DEVICE GRACE_SECONDS RUN_PLACE CONTROL_FD REPORT_FD LOCK_FD."""
-    device, grace, run_place = sys.argv[1], float(sys.argv[2]), sys.argv[3]
-    control_fd, report_fd, _lock_fd = map(int, sys.argv[4:7])
+    """Started by the agent with ENGINE DEVICE GRACE_SECONDS RUN_PLACE CONTROL_FD REPORT_FD LOCK_FD."""
+    (engine, device), grace, run_place = sys.argv[1:3], float(sys.argv[3]), sys.argv[4]
+    control_fd, report_fd, _lock_fd = map(int, sys.argv[5:8])
     if os.fork():
         # Not the agent's child any more: Ray ends the children of a worker whose driver is gone, but ranks that
         # lose their controller are to write a checkpoint first.
@@ -39,7 +39,7 @@ def main() -> None:
     began = time.monotonic()
     from orchestrator.worker import main as worker
 
-    worker.import_engine(device)
+    worker.import_engine(engine, device)
     import_filesystem(run_place)
     _send(control, {"kind": "ready", "pid": os.getpid(), "import_seconds": time.monotonic() - began})
     Zygote(control, report_fd, grace, worker.run).serve()

@@ -8,23 +8,34 @@ import resource
 import signal
 import time
 import traceback
-from types import FrameType
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING
 
 from jobs.errors import InputError
 from orchestrator.messages import LEFT_ON_REQUEST, RankLaunch, StepReport
 from orchestrator.worker.reporter import Reporter
 
+if TYPE_CHECKING:
+    from orchestrator.worker.engines.protocol import Engine
 
-def import_engine(device: str) -> None:
-    """Everything that takes seconds to import, before ranks are forked."""
+
+def import_engine(engine: str, device: str) -> ModuleType:
+    """Everything that takes seconds to import, before ranks are forked. Gives the engine's module."""
+    import torch.distributed  # noqa: F401
+
+    from orchestrator.worker import checkpoint, data, schedule  # noqa: F401
+
+    if engine == "deepspeed":
+        from orchestrator.worker.engines import deepspeed
+
+        return deepspeed
     if device == "cpu":
         from orchestrator.worker.engines import cuda_stand_in
 
         cuda_stand_in.install()
-    import torch.distributed  # noqa: F401
+    from orchestrator.worker.engines import megatron
 
-    from orchestrator.worker import checkpoint, data, schedule  # noqa: F401
-    from orchestrator.worker.engines import megatron  # noqa: F401
+    return megatron
 
 
 def run(launch: RankLaunch, report_fd: int, store_fd: int | None) -> int:
@@ -74,22 +85,24 @@ class _Rank:
     def train(self) -> int:
         from orchestrator.worker import data, schedule
         from orchestrator.worker.checkpoint import Checkpoints
-        from orchestrator.worker.engines import megatron
 
         job, layout, train = self._job, self._layout, self._job.train
         at = ", ".join(f"{axis} {index}" for axis, index in layout.coordinates(self._launch.rank).items())
         print(f"attempt {self._launch.attempt}: rank {self._launch.rank} of {layout.world} ({at}) on {self._device}")
         began = time.monotonic()
-        engine = megatron.build(job, layout, self._device)
+        engine = import_engine(job.engine, self._device.type).build(job, layout, self._device)
         built = time.monotonic()
         text = data.open_data(job.data, train, job.model.vocab)
         checkpoints = Checkpoints(self._launch, layout, self._reporter)
         start = checkpoints.restore(engine)
+        if start == 0 and job.init_from is not None:
+            self._read_weights(engine, job.init_from)
         if self._launch.rank == 0:
             self._reporter.event(
                 "training_started",
                 f"training from step {start + 1} of {train.steps}",
                 start_step=start,
+                init_from=job.init_from,
                 parameters=engine.parameters,
                 unigram_entropy=text.unigram_entropy,
                 train_tokens=text.train_tokens,
@@ -142,6 +155,15 @@ class _Rank:
             if stop and not last:
                 return LEFT_ON_REQUEST
         return 0
+
+    def _read_weights(self, engine: Engine, folder: str) -> None:
+        from models.huggingface import source
+
+        began = time.monotonic()
+        engine.set_weights(source(folder, self._job.model))
+        if self._launch.rank == 0:
+            seconds = time.monotonic() - began
+            self._reporter.event("weights_read", f"weights read from {folder} in {seconds:.2f} s", seconds=seconds)
 
     def _join(self, store_fd: int | None) -> None:
         """Rendezvous over the store whose socket the agent of the first node opened."""

@@ -1,27 +1,34 @@
-"""Runs a function on several ranks at once, forked from a process that already holds torch and Megatron."""
+"""Runs a function on several ranks at once, forked from a process that already holds torch and the engines."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 
 class Ranks:
-    """Forks ranks from one server a test session, so that a run costs what it computes and not its imports."""
+    """Forks ranks from one server, so that a run costs what it computes and not its imports."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Literal["cpu", "cuda"] = "cpu") -> None:
+        self._device = device
+        if device == "cuda":
+            # Counting GPUs through CUDA would initialise it in the server, after which no fork of it can use one.
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pytest", "orchestrator.worker.engines.megatron"])
+        self._context.set_forkserver_preload(
+            ["pytest", "orchestrator.worker.engines.megatron", "orchestrator.worker.engines.deepspeed"]
+        )
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
-        """What `function(rank, *args)` returned on each of `world` gloo ranks.
+        """What `function(rank, *args)` returned on each of `world` ranks, of gloo or, each with a GPU, of NCCL.
 
         `function` is a module's own, `args` and results can be pickled. The first rank that fails ends the others, and
         its traceback is raised here; ranks still running after `seconds` are killed.
@@ -31,7 +38,9 @@ class Ranks:
         try:
             for rank in range(world):
                 ours, theirs = self._context.Pipe(duplex=False)
-                process = self._context.Process(target=_rank, args=(theirs, rank, world, store.port, function, args))
+                process = self._context.Process(
+                    target=_rank, args=(theirs, self._device, rank, world, store.port, function, args)
+                )
                 process.start()
                 theirs.close()
                 started[ours] = (rank, process)
@@ -65,12 +74,23 @@ def _collect(started: dict[Connection, tuple[int, Any]], deadline: float) -> lis
 
 
 def _rank(
-    connection: Connection, rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+    connection: Connection,
+    device: str,
+    rank: int,
+    world: int,
+    port: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        if device == "cuda":
+            place = torch.device("cuda", rank)
+            torch.cuda.set_device(place)
+            dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world, device_id=place)
+        else:
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         connection.send((None, function(rank, *args)))
     except BaseException:
         connection.send((traceback.format_exc(), None))

@@ -142,6 +142,20 @@ def test_files_with_signs_of_their_own(text: str, files: tuple[str, ...]) -> Non
     assert amend(shipped("quickstart"), [f"data.files={text}"]).data.files == files
 
 
+@pytest.mark.parametrize(
+    ("text", "indexed"),
+    [
+        ("/data/wiki", {"/data/wiki": 1.0}),
+        ("{/data/wiki: 0.7, /data/code.v2: 3}", {"/data/wiki": 0.7, "/data/code.v2": 3.0}),
+    ],
+)
+def test_token_files_are_named_with_their_weights(text: str, indexed: dict[str, float]) -> None:
+    overrides = ["data=indexed", f"data.indexed={text}"]
+    jobs = [amend(shipped("quickstart"), overrides), compose("quickstart", overrides)]
+    assert [job.data.indexed for job in jobs] == [indexed, indexed]
+    assert [job.data.files for job in jobs] == [None, None]
+
+
 def test_null_leaves_a_degree_to_the_planner() -> None:
     job = amend(shipped("quickstart"), ["layout.tp=2"])
     assert amend(job, ["layout.tp=null"]).layout.tp is None
@@ -180,6 +194,13 @@ def test_null_leaves_a_degree_to_the_planner() -> None:
         ("cluster.device=gpu", "cluster.device", "cpu"),
         ("data.files=[]", "data.files", None),
         ("data.validation_fraction=1", "data.validation_fraction", None),
+        ("data=indexed", "data", None),
+        ("data.files=", "data", None),
+        ("data.indexed=/data/wiki", "data", None),
+        ("data.indexed={}", "data.indexed", None),
+        ("data.indexed={/data/wiki: -1}", "data.indexed./data/wiki", None),
+        ("data.indexed={/data/wiki: 0}", "data.indexed./data/wiki", None),
+        ("data.indexed={/data/wiki: .inf}", "data.indexed./data/wiki", None),
         ("name=My Job", "name", None),
         ("fault.at_step=0", "fault.at_step", 1),
         ("train.min_learning_rate=1", "train", None),

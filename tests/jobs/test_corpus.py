@@ -18,9 +18,10 @@ import yaml
 
 from jobs import corpus
 from jobs.errors import CombinedInputError, InputError
-from jobs.spec import DataSpec
+from jobs.spec import DataSpec, TrainSpec
 
 STDLIB = Path(corpus.__file__).parent / "conf" / "data" / "stdlib.yaml"
+TRAIN = TrainSpec(steps=1, sequence_length=8, global_batch=1, learning_rate=1e-3)
 
 
 def spec(*files: object, tokenizer: object = "bytes") -> DataSpec:
@@ -29,7 +30,7 @@ def spec(*files: object, tokenizer: object = "bytes") -> DataSpec:
 
 def refusal(data: DataSpec) -> InputError:
     with pytest.raises(InputError) as caught:
-        corpus.check(data)
+        corpus.check(data, TRAIN)
     return caught.value
 
 
@@ -62,7 +63,7 @@ def test_the_default_corpus_is_the_library_and_nothing_installed_or_tested() -> 
     assert not [name for name in names if {"site-packages", "test", "tests"} & set(name.split("/"))]
     assert names == sorted(names)
     assert 8e6 < sum(file.size_bytes for file in files) < 40e6
-    corpus.check(data)
+    corpus.check(data, TRAIN)
 
 
 def test_globs_are_sorted_by_the_name_below_their_folder_and_read_once(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jobs.errors import InputError
-from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, check_job, refusal
+from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, batch_refusal, check_job, refusal
 from parallel.layout import Layout
 
 RULES = ATTENTION_RULES + EXPERT_RULES
@@ -16,15 +16,8 @@ RULES = ATTENTION_RULES + EXPERT_RULES
 @pytest.mark.parametrize(
     ("model", "changes", "layout", "key", "reason"),
     [
-        (
-            "quickstart",
-            {},
-            {"cp": 2},
-            "context parallelism",
-            "cp=2: context parallelism is not available in the megatron",
-        ),
-        ("quickstart", {}, {"pp": 2, "vpp": 2}, "virtual stages", "vpp=2: the interleaved schedule is not available"),
         ("quickstart", {}, {"pp": 3}, "layers", "pp=3 does not divide layers=4"),
+        ("quickstart", {}, {"pp": 2, "vpp": 4}, "layers", "pp*vpp=2*4=8 does not divide layers=4"),
         ("quickstart", {}, {"tp": 3}, "heads", "tp=3 does not divide heads=4"),
         ("quickstart", {}, {"tp": 4}, "kv_heads", "tp=4 exceeds kv_heads=2, which are not replicated"),
         ("quickstart", {"heads": 12, "kv_heads": 3}, {"tp": 2}, "kv_heads", "tp=2 does not divide kv_heads=3"),
@@ -59,9 +52,39 @@ def test_sequence_parallelism_needs_tp_to_divide_the_sequence(make_job: Any) -> 
 
 
 @pytest.mark.parametrize(
+    ("degrees", "refused_at", "runs_at", "reason"),
+    [
+        ({"cp": 3}, 63, 66, "2*cp=2*3=6 chunks, which balance causal attention, do not divide sequence_length=63"),
+        ({"tp": 2, "etp": 2, "cp": 3}, 69, 66, "2*cp=2*3=6 chunks, which balance causal attention, do not divide"),
+        ({"tp": 4, "cp": 3}, 66, 72, "tp*cp=4*3=12 does not divide sequence_length=66"),
+    ],
+)
+def test_how_context_parallelism_divides_a_sequence(
+    make_job: Any, degrees: dict[str, int], refused_at: int, runs_at: int, reason: str
+) -> None:
+    layout, model = Layout(**degrees), {"kv_heads": 4}
+    refused = refusal(RULES, layout, make_job(sequence_length=refused_at, model_changes=model))
+    assert refused is not None
+    assert refused[1].startswith(reason)
+    assert refusal(RULES, layout, make_job(sequence_length=runs_at, model_changes=model)) is None
+
+
+def test_interleaved_stages_take_micro_batches_in_whole_groups(make_job: Any) -> None:
+    layout = Layout(pp=4, vpp=2)
+    refused = batch_refusal(layout, make_job(), 6)
+    assert refused is not None
+    assert refused[1] == "vpp=2 takes micro-batches in groups of pp=4: 6 a step are no multiple"
+    assert batch_refusal(layout, make_job(), 8) is None
+    assert batch_refusal(Layout(pp=4), make_job(), 6) is None
+
+
+@pytest.mark.parametrize(
     ("model", "layout"),
     [
         ("quickstart", {"tp": 2, "dp": 2, "pp": 2, "ep": 4}),
+        ("quickstart", {"cp": 2}),
+        ("quickstart", {"tp": 2, "cp": 2, "dp": 2, "pp": 2, "vpp": 2, "ep": 4}),
+        ("llama3_8b", {"cp": 8, "pp": 4, "vpp": 8}),
         ("quickstart", {"tp": 2, "dp": 2, "etp": 2}),
         ("quickstart", {"tp": 2, "dp": 2}),  # experts replicated over tp
         ("quickstart", {"dp": 4, "etp": 2, "ep": 2}),
@@ -91,6 +114,11 @@ def test_what_runs(make_job: Any, model: str, layout: dict[str, int]) -> None:
             {"layout": {"dispatcher": "flex"}},
             "layout.dispatcher=flex: flex moves tokens by DeepEP, which runs on GPUs, and this job is for cpu; "
             "nearest valid: alltoall",
+        ),
+        (
+            {"layout": {"context_attention": "ulysses"}},
+            "layout.context_attention=ulysses: the megatron engine exchanges keys and values over cp, at once (gather) "
+            "or in turn (ring), not heads; nearest valid: gather",
         ),
         (
             {"layout": {"dispatcher": "flex"}, "cluster": "h200_x8", "precision": "fp32"},

@@ -58,12 +58,13 @@ def test_bubble_is_p_minus_1_over_m_of_the_work(make_job: Any) -> None:
 @pytest.mark.parametrize(
     ("layout", "absent"),
     [
-        ({}, {"tensor", "expert", "pipeline", "bubble", "data"}),
-        ({"tp": 2, "etp": 2}, {"expert", "pipeline", "bubble", "data"}),
-        ({"dp": 2}, {"tensor", "expert", "pipeline", "bubble"}),
-        ({"dp": 2, "ep": 2}, {"tensor", "pipeline", "bubble"}),
-        ({"pp": 2}, {"tensor", "expert", "data"}),
-        ({"dp": 2, "etp": 2}, {"expert", "pipeline", "bubble"}),
+        ({}, {"tensor", "expert", "pipeline", "bubble", "data", "context"}),
+        ({"tp": 2, "etp": 2}, {"expert", "pipeline", "bubble", "data", "context"}),
+        ({"dp": 2}, {"tensor", "expert", "pipeline", "bubble", "context"}),
+        ({"dp": 2, "ep": 2}, {"tensor", "pipeline", "bubble", "context"}),
+        ({"pp": 2}, {"tensor", "expert", "data", "context"}),
+        ({"dp": 2, "etp": 2}, {"expert", "pipeline", "bubble", "context"}),
+        ({"cp": 2}, {"tensor", "expert", "pipeline", "bubble"}),
     ],
 )
 def test_each_axis_pays_for_itself_alone(make_job: Any, layout: dict[str, int], absent: set[str]) -> None:
@@ -79,6 +80,26 @@ def test_work_shrinks_with_the_ranks_that_share_it(make_job: Any) -> None:
     assert compute(tp=2) < compute()
     assert compute(tp=2) == pytest.approx(compute() / 2, rel=0.01)
     assert compute(dp=2) == pytest.approx(compute() / 2)
+
+
+def test_virtual_stages_shorten_the_bubble_and_send_more(make_job: Any) -> None:
+    plain, virtual = (
+        estimate(make_job, {"pp": 4, "vpp": vpp}, model="llama3_8b", cluster="h100_x8", global_batch=16)
+        for vpp in (1, 4)
+    )
+    assert virtual.pipeline == pytest.approx(4 * plain.pipeline)
+    assert virtual.compute == plain.compute
+    assert virtual.bubble < 0.3 * plain.bubble
+
+
+def test_full_recomputation_is_a_forward_more(make_job: Any) -> None:
+    job = make_job("mixtral_8x7b", "h100_x8")
+    again = job.model_copy(update={"layout": job.layout.model_copy(update={"recompute": "full"})})
+    layout, device = Layout(tp=2, dp=2, ep=4), hardware("h100", 8)
+    once, twice = (estimate_time(each, layout, 1, device) for each in (job, again))
+    assert twice.compute == pytest.approx(once.compute * 4 / 3)
+    assert twice.expert == pytest.approx(once.expert * 1.5)
+    assert twice.data == once.data
 
 
 def test_a_laptop_shares_its_memory_and_cores_among_its_ranks() -> None:

@@ -102,6 +102,24 @@ def test_the_first_stage_holds_pp_micro_batches_at_most(make_job: Any) -> None:
     assert found[2] == found[3] == 4 * found[0]
 
 
+def test_virtual_stages_hold_more_micro_batches_and_deal_out_the_dense_layers(make_job: Any) -> None:
+    """The first of p stages holds 1 + (p - 1) / (p v) times the activations of 1F1B (Korthikanti et al. 2022)."""
+    job = make_job("llama3_8b", "h100_x8", global_batch=16)
+    plain, virtual = (estimate_memory(job, Layout(pp=4, vpp=vpp), 1).activations for vpp in (1, 2))
+    assert virtual == pytest.approx(plain * (1 + 3 / (4 * 2)))
+    model = make_job("deepseek_v3", model_changes={"layers": 8, "first_dense_layers": 3}).model
+    found = [(stage.dense_layers, stage.moe_layers) for stage in stages(model, Layout(pp=2, vpp=2))]
+    assert found == [(2, 2), (1, 3)]
+
+
+def test_full_recomputation_keeps_a_layers_input_alone(make_job: Any) -> None:
+    job = make_job("llama3_8b", "h100_x8")
+    again = job.model_copy(update={"layout": job.layout.model_copy(update={"recompute": "full"})})
+    kept = estimate_memory(again, Layout(tp=2), 1)
+    assert kept.activations == 32 * 4096 * 4096 * 2 // 2
+    assert kept.total < estimate_memory(job, Layout(tp=2), 1).total
+
+
 def test_sequence_parallelism_divides_all_activations(make_job: Any) -> None:
     job = make_job("llama3_8b", "h100_x8")
     whole, half = (estimate_memory(job, Layout(tp=tp), 1) for tp in (1, 2))

@@ -35,7 +35,9 @@ def local_batch(batch: Batch, layout: Layout, rank: int, device: torch.device) -
     if documents is None:
         positions = positions[:1]
 
-    def put(array: np.ndarray | Tensor) -> Tensor:
-        return torch.as_tensor(array[:, places]).to(device)
+    def put(array: np.ndarray) -> Tensor:
+        return torch.tensor(array[:, places], device=device)
 
-    return LocalBatch(put(batch.tokens), put(batch.labels), put(batch.loss_mask), put(positions), documents)
+    return LocalBatch(
+        put(batch.tokens), put(batch.labels), put(batch.loss_mask), positions[:, places].to(device), documents
+    )

@@ -6,36 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+
+from orchestrator.worker.engines.checkpoint_files import write_files
 
 # Of Megatron's formats for the distributed optimizer, the one that is laid out like the model and so can be read at
 # other degrees of every axis: fp32 weights and Adam's moments are gathered over DP and written as whole shards.
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-class _WriteInProcess(TorchDistSaveShardedStrategy):
-    """The torch_dist format, written by torch's own writer.
-
-    Megatron's starts a manager and two writer processes a rank, made for saving behind the back of training.
-    """
-
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
 
 
 def count_padding(chunk: DistributedDataParallel) -> None:
@@ -52,14 +32,7 @@ def count_padding(chunk: DistributedDataParallel) -> None:
 
 def save_sharded(models: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path) -> None:
     """Collective. Write into the existing `folder`, on a disk that all ranks share."""
-    dist_checkpointing.save(
-        _state(models, optimizer, is_loading=False),
-        str(folder),
-        _WriteInProcess("torch_dist", 1),
-        # Ranks are compared in what all should hold alike. A stage without experts has an empty optimizer for them,
-        # which Megatron would report as a difference.
-        preprocess_common_before_consistancy_check=lambda common: {},
-    )
+    write_files(_state(models, optimizer, is_loading=False), folder)
 
 
 def load_sharded(models: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path) -> None:

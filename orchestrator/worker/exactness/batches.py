@@ -8,11 +8,11 @@ from jobs.spec import JobSpec
 from orchestrator.worker.engines.protocol import Batch
 
 
-def global_batch(job: JobSpec, step: int, *, packed: bool) -> Batch:
+def global_batch(job: JobSpec, step: int) -> Batch:
     """All sequences of a step, from (seed, step) alone.
 
     A first row counts three labels in ten and a last one all of them, so that a mean over rows, micro-batches or ranks
-    is not the mean over labels. `packed`: rows hold one to four documents, cut anywhere.
+    is not the mean over labels. With `data.packing` rows hold one to four documents, cut anywhere.
     """
     rows, length = job.train.global_batch, job.train.sequence_length
     draw = np.random.default_rng((job.train.seed, step))
@@ -20,7 +20,7 @@ def global_batch(job: JobSpec, step: int, *, packed: bool) -> Batch:
     mask = (draw.random((rows, length)) < np.linspace(0.3, 1, rows)[:, None]).astype(np.float32)
     mask[0, 0] = 1  # of however few labels, one counts
     documents = None
-    if packed:
+    if job.data.packing:
         begins = np.zeros((rows, length), np.int64)
         for row in begins:
             row[draw.choice(np.arange(1, length), size=draw.integers(0, 4), replace=False)] = 1

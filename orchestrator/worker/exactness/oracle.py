@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,8 @@ from models.reference import Decoder, Router, Routing
 from models.weights import draw
 from orchestrator.worker.exactness.batches import global_batch
 from orchestrator.worker.schedule import learning_rate
+from parallel.dispatch import dispatch_groups
+from parallel.layout import Layout
 
 NEAR_TIE = 1e-5
 """Relative distance between a chosen and an unchosen score below which rounding may decide otherwise, and train another
@@ -37,22 +38,18 @@ class Account:
     """Smallest relative distance between the last score that a router took and the first that it left; inf: none."""
 
 
-def oracle(
-    job: JobSpec,
-    dispatch_groups: np.ndarray | None = None,
-    *,
-    packed: bool = False,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | None = None,
-) -> Account:
-    """Train all of `job`'s steps in `dtype`, each global batch at once.
+def oracle(job: JobSpec, dtype: torch.dtype | None = None) -> Account:
+    """Train all steps of a resolved job, each global batch at once, on one device of its cluster's kind.
 
-    Loss: cross-entropy summed over counted labels, over their number in the global batch, plus the auxiliary losses'
-    mean over rows. Clipping as Megatron's and torch's: by max_norm / (norm + 1e-6) where that is below 1. AdamW
-    (Loshchilov and Hutter 2019) decays what has more than one dimension. `dispatch_groups` [global_batch, sequence]: see
-    models.reference.Context; only a job with a capacity factor needs them.
+    In fp64 on a CPU and fp32 on a GPU, unless `dtype` says otherwise. Loss: cross-entropy summed over counted labels,
+    over their number in the global batch, plus the auxiliary losses' mean over rows. Clipping as Megatron's and
+    torch's: by max_norm / (norm + 1e-6) where that is below 1. AdamW (Loshchilov and Hutter 2019) decays what has more
+    than one dimension. The layout matters only to a model with a capacity factor: by whom tokens are dropped.
     """
-    device = device or torch.device("cpu")
+    if job.cluster.device == "cuda":
+        device, dtype = torch.device("cuda", torch.cuda.current_device()), dtype or torch.float32
+    else:
+        device, dtype = torch.device("cpu"), dtype or torch.float64
     train = job.train
     model = _begun(job, device).to(dtype)
     routers = [module for module in model.modules() if isinstance(module, Router)]
@@ -64,14 +61,15 @@ def oracle(
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
     )
-    groups = None if dispatch_groups is None else torch.tensor(dispatch_groups, device=device)
+    groups = dispatch_groups_of(job)
+    placed = None if groups is None else torch.tensor(groups, device=device)
     losses, grad_norms = [], []
     for step in range(1, train.steps + 1):
-        batch = global_batch(job, step, packed=packed)
+        batch = global_batch(job, step)
         tokens, labels = (torch.tensor(array, device=device) for array in (batch.tokens, batch.labels))
         mask = torch.tensor(batch.loss_mask, device=device, dtype=dtype)
         documents = None if batch.documents is None else torch.tensor(batch.documents, device=device)
-        output = model(tokens, documents, groups)
+        output = model(tokens, documents, placed)
         every = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="none")
         loss = (every * mask.flatten()).sum() / mask.sum()
         optimizer.zero_grad()
@@ -88,18 +86,28 @@ def oracle(
     return Account(losses, grad_norms, weights, min(narrowest, default=math.inf))
 
 
-def settled(job: JobSpec, run: Callable[[JobSpec], Account]) -> tuple[JobSpec, Account]:
+def settled(rank: int, job: JobSpec) -> tuple[JobSpec, Account]:
     """The job at the first seed from its own on at which no router's choice is a near tie, and its account.
 
-    Of SEEDS_TRIED seeds without one that serves, that of the widest choice.
+    Of SEEDS_TRIED seeds without one that serves, that of the widest choice. To be run on one rank: a process of its
+    own, so that oracles run beside one another and only ranks touch a GPU.
     """
     found: list[tuple[JobSpec, Account]] = []
     for seed in range(job.train.seed, job.train.seed + SEEDS_TRIED):
         seeded = job.model_copy(update={"train": job.train.model_copy(update={"seed": seed})})
-        found.append((seeded, run(seeded)))
+        found.append((seeded, oracle(seeded)))
         if found[-1][1].narrowest_choice >= NEAR_TIE:
             return found[-1]
     return max(found, key=lambda pair: pair[1].narrowest_choice)
+
+
+def dispatch_groups_of(job: JobSpec) -> np.ndarray | None:
+    """The dispatch groups of a resolved job's layout [global_batch, sequence]; None where no token is dropped."""
+    if not job.model.capacity_factor:
+        return None
+    assert job.layout.micro_batch is not None, "the job is resolved"
+    train = job.train
+    return dispatch_groups(Layout.of(job.layout), job.layout.micro_batch, train.global_batch, train.sequence_length)
 
 
 def _begun(job: JobSpec, device: torch.device) -> Decoder:
@@ -128,7 +136,7 @@ def _watch(routers: list[Router]) -> list[float]:
 
 @torch.no_grad()
 def _narrowest(router: Router, hidden: Tensor, groups: Tensor | None) -> float:
-    """Over tokens, of the choice of experts; for the balancing loss, by score alone; over experts, of who is dropped."""
+    """Over tokens, of the choice of experts, and of that by score alone; over experts, of who is dropped."""
     model = router.model
     logits = torch.nn.functional.linear(hidden, router.weight)
     scores = logits.softmax(-1) if model.router_score == "softmax" else logits.sigmoid()

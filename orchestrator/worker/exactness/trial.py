@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ import torch
 from jobs.spec import JobSpec
 from models.weights import Shard
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
+from orchestrator.worker.main import import_engine
 from orchestrator.worker.ranks import Ranks
 from orchestrator.worker.schedule import learning_rate
 from parallel.layout import Layout
@@ -32,14 +32,11 @@ class Block:
         return float(np.linalg.norm((self.values.astype(np.float64) - same).ravel()))
 
 
-
 @dataclass(frozen=True)
 class Trial:
     """A job with every degree and the micro-batch filled in, to be trained as it is."""
 
     job: JobSpec
-    packed: bool = False
-    """Rows hold several documents."""
     tell: bool = False
     """Rank 0 prints a JSON line a step."""
 
@@ -67,11 +64,11 @@ def train_rank(rank: int, trial: Trial) -> Trained:
     job, layout = trial.job, Layout.of(trial.job.layout)
     assert job.layout.micro_batch is not None, "the job is resolved"
     device = torch.device("cuda", torch.cuda.current_device()) if job.cluster.device == "cuda" else torch.device("cpu")
-    engine = _engine(job.engine).build(job, layout, device)
+    engine = import_engine(job.engine, job.cluster.device).build(job, layout, device)
     at = layout.coordinates(rank)["dp"]
     losses, grad_norms = [], []
     for step in range(1, job.train.steps + 1):
-        whole = global_batch(job, step, packed=trial.packed)
+        whole = global_batch(job, step)
         mine = micro_batches(whole, at, layout.dp, job.layout.micro_batch)
         result = engine.train_step(step, learning_rate(job.train, step), mine)
         losses.append(result.loss)
@@ -79,13 +76,6 @@ def train_rank(rank: int, trial: Trial) -> Trained:
         if trial.tell and rank == 0:
             print(json.dumps({"step": step, "loss": result.loss, "grad_norm": result.grad_norm}), flush=True)
     return Trained(losses, grad_norms, [_block(shard) for shard in engine.weights()])
-
-
-
-def _engine(name: str) -> Any:
-    from orchestrator.worker.engines import megatron
-
-    return megatron
 
 
 def _block(shard: Shard) -> Block:

@@ -28,6 +28,9 @@ FP32 = Bars(losses=1e-5, grad_norms=1e-4, weights=1e-4)
 """Of 20 Adam steps in fp32 over a tiny model: losses and gradient norms of each step, weights tensor by tensor."""
 
 
+BF16 = Bars(losses=2e-2, grad_norms=1e-1, weights=1e-1)
+
+
 @dataclass(frozen=True)
 class Deviation:
     """The largest of its kind, relative; `where`: the step or the tensor."""

@@ -21,8 +21,8 @@ def shown() -> io.StringIO:
     return io.StringIO()
 
 
-def training_started(start_step: int = 0) -> Event:
-    data = {"start_step": start_step, "parameters": 1_234_567, "unigram_entropy": 3.2}
+def training_started(start_step: int = 0, init_from: str | None = None) -> Event:
+    data = {"start_step": start_step, "init_from": init_from, "parameters": 1_234_567, "unigram_entropy": 3.2}
     return Event(kind="training_started", message="", data=data)
 
 

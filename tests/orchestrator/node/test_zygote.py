@@ -36,7 +36,7 @@ class Agent:
         lock = os.open(logs / "lock", os.O_CREAT)
         inherited = (zygotes.fileno(), writing.fileno(), lock)
         subprocess.run(
-            [sys.executable, HOST, "cpu", str(grace), str(logs), *map(str, inherited)],
+            [sys.executable, HOST, "megatron", "cpu", str(grace), str(logs), *map(str, inherited)],
             pass_fds=inherited,
             env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},  # as the agent gives its own
             check=True,

@@ -48,5 +48,5 @@ def run_rank(launch: RankLaunch, report_fd: int, store_fd: int | None) -> int:
 
 
 if __name__ == "__main__":
-    worker.import_engine, worker.run = lambda device: None, run_rank
+    worker.import_engine, worker.run = lambda engine, device: None, run_rank
     zygote.main()

@@ -1,0 +1,66 @@
+"""The stages of a pipeline over the reference model: each a run of its layers, the ends with what comes before or after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from jobs.architecture import ModelArchitecture
+from models.reference import Context, Layer, RMSNorm
+
+
+class Stage(nn.Module):
+    """Equal shares of `models.reference.Decoder`'s layers; tensors have the names that they have there.
+
+    A tied head is a copy of the embedding, whose gradients are for the caller to add up.
+    """
+
+    contexts: Iterator[Context]
+    """Of the micro-batches to come, one a forward pass: every stage knows them, and nobody sends them."""
+    auxiliary_weight: float
+    """What a micro-batch's auxiliary loss counts in the loss."""
+
+    def __init__(self, model: ModelArchitecture, index: int, stages: int) -> None:
+        super().__init__()
+        share = model.layers // stages
+        self.is_first, self.is_last = index == 0, index == stages - 1
+        self.has_tied_head = self.is_last and model.tied_embeddings
+        if self.is_first or self.has_tied_head:
+            self.embedding = nn.Embedding(model.vocab, model.hidden)
+        self.layers = nn.ModuleDict(
+            {str(layer): Layer(model, layer) for layer in range(index * share, (index + 1) * share)}
+        )
+        if self.is_last:
+            self.norm = RMSNorm(model.hidden, model.norm_epsilon)
+            self.head = None if model.tied_embeddings else nn.Linear(model.hidden, model.vocab, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """int64 tokens [batch, sequence] in the first stage, else hidden states -> the same, in the last logits."""
+        context = next(self.contexts)
+        hidden = self.embedding(x) if self.is_first else x
+        for layer in self.layers.values():
+            hidden, auxiliary = layer(hidden, context)
+            hidden = _Attach.apply(hidden, auxiliary, self.auxiliary_weight)
+        if not self.is_last:
+            return hidden
+        head = self.embedding.weight if self.head is None else self.head.weight
+        return functional.linear(self.norm(hidden), head)
+
+
+class _Attach(torch.autograd.Function):
+    """Lets a loss that no later stage sees into the backward pass: its gradient comes along with the activations'."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, auxiliary: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(auxiliary)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (auxiliary,) = ctx.saved_tensors
+        return gradient, torch.full_like(auxiliary, ctx.weight), None

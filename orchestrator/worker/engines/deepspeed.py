@@ -1,0 +1,299 @@
+"""The DeepSpeed engine: the reference model under ZeRO, over gloo on CPUs and over NCCL on GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter, functional
+from torch.utils.checkpoint import checkpoint
+
+from jobs.spec import JobSpec
+from models.reference import Decoder, MoE, Router
+from models.weights import Shard, Source, drawn, fill, whole
+from orchestrator.worker.engines.protocol import Batch, StepResult
+from parallel.layout import Layout
+
+# isort: split
+# Which device DeepSpeed drives is decided when it is imported, for a rank by the devices that it is let see.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import logger, set_z3_leaf_modules
+
+from models.deepspeed_experts import EXPERT_GROUP, ParallelExperts
+from orchestrator.worker.engines.deepspeed_checkpoint import Held, load, save
+from orchestrator.worker.engines.deepspeed_state import State
+
+# It would run compilers and query GPUs to know what it could compile, and on a CPU then compile an all-reduce.
+deepspeed.ops.__compatible_ops__ = {}
+logger.setLevel(logging.ERROR)
+
+_BUCKET = 50_000_000
+"""Elements that are reduced or gathered at once, at most."""
+
+
+def build(job: JobSpec, layout: Layout, device: torch.device) -> DeepSpeedEngine:
+    """Set up this rank's part of `job` at `layout` on `device`.
+
+    Wants torch.distributed initialised with layout.world ranks, gloo for a CPU or NCCL with the device set for a GPU.
+    Once a process: DeepSpeed's groups are global.
+    """
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    return DeepSpeedEngine(job, layout, device)
+
+
+class DeepSpeedEngine:
+    """Implements `orchestrator.worker.engines.protocol.Engine`. All ranks of a DP coordinate are given equal batches.
+
+    What is optimised is as in the Megatron engine: the mean over the counted labels of the whole global batch, norms
+    and biases not decayed, and a balancing loss that does not depend on the layout.
+    """
+
+    parameters: int
+
+    def __init__(self, job: JobSpec, layout: Layout, device: torch.device) -> None:
+        self._job, self._train, self._layout, self._device = job, job.train, layout, device
+        self._reseed(0)
+        self._data = dist.group.WORLD
+        self._decoder = self._build_decoder()
+        self.parameters = job.model.parameters
+        optimizer = torch.optim.AdamW(
+            self._parameter_groups(),
+            lr=self._train.learning_rate,
+            betas=(self._train.adam_beta1, self._train.adam_beta2),
+            eps=self._train.adam_epsilon,
+            fused=True,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints how much memory there is
+            self._engine, *_ = deepspeed.initialize(
+                model=self._decoder, optimizer=optimizer, config=self._configuration(), dist_init_required=False
+            )
+        self._state = State(self._engine, optimizer)
+        self.set_weights(drawn(job.model, self._train.seed))
+
+    def train_step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
+        self._reseed(step)
+        self._engine.train()
+        counted = self._counted(batches)
+        # DeepSpeed averages gradients over DP: a sum of losses times this becomes the mean over the global batch.
+        scale = (self._layout.dp / counted).float()
+        total = torch.zeros_like(counted)
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            loss, cross_entropy = self._engine(*self._put(batch), scale, 1 / len(batches))
+            self._engine.backward(loss)
+            total += cross_entropy
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        grad_norm = self._step()
+        self._update_router_biases()
+        dist.all_reduce(total, group=self._data)
+        return StepResult((total / counted).item(), grad_norm)
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        self._engine.eval()
+        counted = self._counted(batches)
+        total = torch.zeros_like(counted)
+        with torch.no_grad():
+            for batch in batches:
+                total += self._engine(*self._put(batch), counted, 0.0)[1]
+        dist.all_reduce(total, group=self._data)
+        return (total / counted).item()
+
+    def set_weights(self, source: Source) -> None:
+        for held in self._held():
+            # In the precision that is trained in: the optimizer's copy begins from what the model sees.
+            self._state.write(held.parameter, "weight", source(held.block).to(held.parameter.dtype))
+        fill(self._biases(), source)
+        self._state.renew()
+
+    def weights(self) -> Iterator[Shard]:
+        for held in self._held():
+            yield replace(held.block, part=self._state.read(held.parameter, "weight"))
+        for bias in self._biases():
+            yield replace(bias, part=bias.read())
+
+    def save(self, folder: Path) -> None:
+        save(self._state, self._held(), self._biases(), folder)
+
+    def load(self, folder: Path) -> None:
+        load(self._state, self._held(), self._biases(), folder)
+
+    def _held(self) -> list[Held]:
+        return [Held(parameter, self._block(name, parameter)) for name, parameter in self._decoder.named_parameters()]
+
+    def _biases(self) -> list[Shard]:
+        return [whole(f"{name}.bias", router.bias) for name, router in self._routers()]
+
+    def _build_decoder(self) -> Decoder:
+        """Without values yet; weights in the precision that they are trained in, router biases in fp32."""
+        job, layout = self._job, self._layout
+        with torch.device("meta"):
+            decoder = _Trained(job.model)
+        if layout.ep > 1:
+            group = self._expert_group()
+            for layer in decoder.modules():
+                if isinstance(layer, MoE):
+                    layer.experts = ParallelExperts(layer.experts, group)
+        if self._train.precision == "bf16":
+            for parameter in decoder.parameters():
+                parameter.data = parameter.data.bfloat16()
+        decoder.to_empty(device=self._device)
+        for buffer in decoder.buffers():
+            buffer.zero_()
+        for module in decoder.modules():
+            if isinstance(module, ParallelExperts):
+                module.mark()
+        # ZeRO-3 gathers what it calls a leaf at once, whichever experts are visited, and looks for tensors in its
+        # output alone, not in what its parts hand one another.
+        set_z3_leaf_modules(decoder, [MoE], raise_if_not_found=False)
+        if job.layout.recompute == "full":
+            for layer in decoder.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        return decoder
+
+    def _expert_group(self) -> dist.ProcessGroup:
+        """Tell DeepSpeed of the layout's groups of experts and of their replicas. Gives the first."""
+        made = []
+        for axis, groups, ranks in (
+            ("ep", deepspeed_groups._EXPERT_PARALLEL_GROUP, deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS),
+            ("edp", deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP, deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS),
+        ):
+            for members in self._layout.groups(axis):
+                group = dist.new_group(list(members))
+                if dist.get_rank() in members:
+                    groups[EXPERT_GROUP], ranks[EXPERT_GROUP] = group, list(members)
+                    made.append(group)
+        return made[0]
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Of what is decayed and what is not, and of experts apart, which are reduced over fewer ranks."""
+        groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+        for parameter in self._decoder.parameters():
+            is_expert, is_decayed = hasattr(parameter, "group_name"), parameter.dim() > 1
+            new: dict[str, Any] = {"params": [], "weight_decay": self._train.weight_decay if is_decayed else 0.0}
+            if is_expert:
+                new |= {"moe": True, "name": EXPERT_GROUP}
+            groups.setdefault((is_expert, is_decayed), new)["params"].append(parameter)
+        return list(groups.values())
+
+    def _configuration(self) -> dict[str, Any]:
+        job, train, options = self._job, self._train, self._job.layout
+        zero: dict[str, Any] = {
+            "stage": options.zero_stage,
+            "reduce_bucket_size": _BUCKET,
+            "allgather_bucket_size": _BUCKET,
+            # Vectors are kept whole by every rank, matrices are not.
+            "stage3_param_persistence_threshold": 2 * job.model.hidden,
+            "offload_optimizer": self._offload(options.offload_optimizer),
+            "offload_param": self._offload(options.offload_parameters),
+        }
+        return {
+            # Micro-batches are counted in train_step, which says which is the last: DeepSpeed would divide by their
+            # number, twice even without ZeRO where told not to.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": train.clip_grad_norm if options.zero_stage else 0.0,
+            "zero_optimization": zero,
+            # torch's AdamW: DeepSpeed's own are compiled when they are first used.
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": train.precision == "bf16"},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+
+    def _offload(self, place: str) -> dict[str, Any]:
+        return {
+            "device": place,
+            "nvme_path": self._job.layout.nvme_folder if place == "nvme" else None,
+            "pin_memory": self._device.type == "cuda",
+        }
+
+    def _block(self, name: str, parameter: Parameter) -> Shard:
+        """Which block of the model's tensors a parameter is; ZeRO-3 leaves its own shape aside."""
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        return Shard(name, shape, (0,) * len(shape), shape, parameter.data)
+
+    def _step(self) -> float:
+        """Clip, step, and forget the gradients. Returns the norm before clipping."""
+        if self._job.layout.zero_stage:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        norm = self._gradient_norm()
+        if self._train.clip_grad_norm:
+            scale = (self._train.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            for parameter in self._decoder.parameters():
+                parameter.grad.mul_(scale)
+        self._engine.step()
+        return float(norm)
+
+    def _gradient_norm(self) -> Tensor:
+        """Of all parameters, each once. DeepSpeed's own, without ZeRO, is the mean of the norms of what ranks hold."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for parameter in self._decoder.parameters():
+            squares[int(hasattr(parameter, "group_name"))] += parameter.grad.float().norm().double().square()
+        if self._layout.ep > 1:
+            dist.all_reduce(squares[1:], group=deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERT_GROUP])
+        return squares.sum().sqrt()
+
+    def _routers(self) -> Iterator[tuple[str, Router]]:
+        """Those that are balanced by a bias."""
+        for name, module in self._decoder.named_modules():
+            if isinstance(module, Router) and self._job.model.router_bias:
+                yield name, module
+
+    def _update_router_biases(self) -> None:
+        for _, router in self._routers():
+            dist.all_reduce(router.load, group=self._data)
+            router.update_bias()
+
+    def _counted(self, batches: Sequence[Batch]) -> Tensor:
+        """Labels that count over all ranks' batches, float64 []."""
+        mine = sum(float(batch.loss_mask.sum()) for batch in batches)
+        counted = torch.tensor(mine, dtype=torch.float64, device=self._device)
+        dist.all_reduce(counted, group=self._data)
+        return counted
+
+    def _put(self, batch: Batch) -> list[Tensor | None]:
+        arrays = (batch.tokens, batch.labels, batch.loss_mask, batch.documents)
+        return [None if array is None else torch.tensor(array, device=self._device) for array in arrays]
+
+    def _reseed(self, step: int) -> None:
+        seed = int(np.random.SeedSequence((self._train.seed, step)).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+class _Trained(Decoder):
+    """The model and what is optimised, in one: DeepSpeed prepares backward by the tensors that its module gives."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        documents: Tensor | None,
+        scale: Tensor,
+        auxiliary_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """`scale` * sum of cross-entropies + `auxiliary_scale` * auxiliary loss, [], and the sum, fp64 []."""
+        output = super().forward(tokens, documents)
+        losses = functional.cross_entropy(output.logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        total = (losses * mask.flatten()).sum()
+        return total * scale + output.auxiliary * auxiliary_scale, total.detach().double()

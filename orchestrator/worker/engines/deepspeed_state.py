@@ -1,0 +1,82 @@
+"""Weights and Adam's moments of a DeepSpeed engine by parameter, whole and in fp32, whichever ZeRO stage keeps them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from torch import Tensor
+from torch.nn import Parameter
+
+Kept = Literal["weight", "exp_avg", "exp_avg_sq"]
+"""What is kept of a parameter: the weight that the optimizer steps, and Adam's two moments."""
+
+MOMENTS: tuple[Kept, ...] = ("exp_avg", "exp_avg_sq")
+
+
+class State:
+    """All methods are collective over the ranks that share a parameter's state: DP, or EDP for an expert's."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, adam: torch.optim.AdamW) -> None:
+        self._engine, self._adam = engine, adam
+        self._stage: int = engine.zero_optimization_stage()
+
+    def read(self, parameter: Parameter, kept: Kept) -> Tensor:
+        """A copy, of the whole parameter's shape."""
+        key = None if kept == "weight" else kept
+        if self._stage == 0:
+            return (parameter if key is None else self._adam.state[parameter][key]).detach().clone()
+        if self._stage == 3:
+            return self._engine.optimizer.get_full_hp_param(parameter, key)
+        return parameter.get_full_hp_param(key)
+
+    @torch.no_grad()
+    def write(self, parameter: Parameter, kept: Kept, value: Tensor) -> None:
+        """Set from a tensor of the whole parameter's shape, equal on all ranks; of a weight, the model's copy too."""
+        key = None if kept == "weight" else kept
+        value = value.to(parameter.device, torch.float32)
+        if self._stage == 0:
+            (parameter if key is None else self._adam.state[parameter][key]).copy_(value)
+        elif self._stage == 3:
+            self._write_partition(parameter, key, value)
+        else:
+            parameter.set_full_hp_param(value, key)
+            if key is None:
+                parameter.copy_(value)
+
+    def _write_partition(self, parameter: Parameter, key: str | None, value: Tensor) -> None:
+        optimizer = self._engine.optimizer
+        length = parameter.ds_tensor.ds_numel
+        start = length * optimizer._get_param_partition_rank(parameter)
+        partition = value.flatten()[start : start + length]
+        # The last of the partitions may reach beyond the parameter.
+        partition = torch.nn.functional.pad(partition, (0, length - len(partition)))
+        optimizer.set_local_hp_param(partition, parameter, key)
+        if key is None:
+            with GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(value)
+
+    @property
+    def steps(self) -> int:
+        """Steps that Adam has counted."""
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    def renew(self, steps: int = 0) -> None:
+        """Moments of zero, there from the start: memory peaks in the first step, and step 0 can be saved."""
+        for held in self._held():
+            state = self._adam.state[held]
+            state["step"] = torch.full((), float(steps), device=held.device)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(held) if moment not in state else state[moment].zero_()
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _held(self) -> list[Tensor]:
+        """What Adam steps: the parameters, or this rank's flat parts of them."""
+        optimizer: Any = self._engine.optimizer
+        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
+            if hasattr(optimizer, name):
+                return list(getattr(optimizer, name))
+        return [parameter for group in self._adam.param_groups for parameter in group["params"]]

@@ -1,0 +1,251 @@
+"""Draws the layouts that are held against the oracle: what the capability table accepts, every pair of features twice.
+
+A greedy covering array: cases are drawn at random from all that an engine may be asked for, those that the table
+refuses are put aside, and of the rest the one that covers most pairs for its cost is taken, again and again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, reduce
+from operator import or_
+from typing import Any
+
+from variants import GLOBAL_BATCH, VARIANTS, job
+
+from jobs.spec import DEGREES, JobSpec, LayoutSpec
+from parallel.capabilities import why_refused
+from parallel.layout import Layout, divisors
+
+ENGINES = ("megatron", "deepspeed")
+WORLDS = (1, 2, 4, 8)
+COST = {1: 1.0, 2: 1.5, 4: 2.5, 8: 4.0}
+"""Seconds of a case, by its world, relative: what the subset is chosen by."""
+
+FEWEST_CASES, SUBSET, DRAWN = 128, 30, 16_000
+TIMES = 2
+"""How often each pair of features is covered together, in each engine."""
+
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "context_attention": tuple({"context_attention": kind} for kind in ("gather", "ring", "ulysses")),
+    "dispatcher": ({"dispatcher": "allgather"}, {"dispatcher": "flex"}),
+    "recompute": (
+        {"recompute": "full"},
+        *(
+            {"recompute": "selective", "recompute_modules": (module,)}
+            for module in ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
+        ),
+    ),
+    "zero_stage": ({"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 3}),
+    "optimizer_replicas": ({"optimizer_replicas": 2},),
+    "offload_optimizer": ({"offload_optimizer": "cpu"},),
+    "offload_parameters": ({"offload_parameters": "cpu"},),
+    "drop": ({"drop": "probs"}, {"drop": "position"}),
+    "packed": ({"packed": True},),
+}
+"""What beside its degrees a case may ask for, choice by choice; each choice is a feature."""
+
+
+@dataclass(frozen=True)
+class Case:
+    engine: str
+    variant: str
+    layout: LayoutSpec
+    """Every degree and the micro-batch filled in."""
+    drop: str = "none"
+    packed: bool = False
+
+    @property
+    def job(self) -> JobSpec:
+        model = VARIANTS[self.variant]
+        if self.drop != "none":
+            model = model.model_copy(update={"capacity_factor": 1.0, "drop_order": self.drop})
+        return job(model, self.engine, self.layout, packing=self.packed)
+
+    @property
+    def world(self) -> int:
+        return Layout.of(self.layout).world
+
+    @property
+    def name(self) -> str:
+        options = (feature for feature in sorted(self.features) if feature not in DEGREES)
+        parts = (self.engine, self.variant, Layout.of(self.layout).label, f"mb{self.layout.micro_batch}", *options)
+        return " ".join(parts)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Axes above 1, and what is chosen otherwise than by default."""
+        found = {axis for axis, degree in self.layout.degrees.items() if degree > 1}
+        for field in ("context_attention", "dispatcher", "zero_stage", "optimizer_replicas"):
+            value = getattr(self.layout, field)
+            if value != LayoutSpec.model_fields[field].default:
+                found.add(f"{field}={value}")
+        for field in ("offload_optimizer", "offload_parameters"):
+            if getattr(self.layout, field) != "none":
+                found.add(field)
+        if self.layout.recompute == "full":
+            found.add("recompute=full")
+        elif self.layout.recompute == "selective":
+            found.update(f"recompute={module}" for module in self.layout.recompute_modules)
+        if self.drop != "none":
+            found.add(f"drop={self.drop}")
+        if self.packed:
+            found.add("packed")
+        return frozenset(found)
+
+
+@cache
+def degrees(world: int) -> tuple[dict[str, int], ...]:
+    """Every attention mesh of `world` ranks, with and without virtual stages, and every expert mesh over it."""
+    found = []
+    for tp, cp, dp in itertools.product(divisors(world), repeat=3):
+        pp, rest = divmod(world, tp * cp * dp)
+        if rest or not pp:
+            continue
+        plane = tp * cp * dp
+        for vpp, etp in itertools.product((1, 2) if pp > 1 else (1,), divisors(plane)):
+            for ep in divisors(plane // etp):
+                found.append({"tp": tp, "cp": cp, "dp": dp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp})
+    return tuple(found)
+
+
+def asked(variant: str, mesh: dict[str, int], chosen: dict[str, Any]) -> bool:
+    """Whether each of the chosen options, and each expert degree, means something to this model at this mesh."""
+    model = VARIANTS[variant]
+    if not model.is_moe and (mesh["ep"] * mesh["etp"] > 1 or "dispatcher" in chosen or "drop" in chosen):
+        return False
+    module = chosen.get("recompute_modules", ("",))[0]
+    return not (
+        ("context_attention" in chosen and mesh["cp"] == 1)
+        or (chosen.get("optimizer_replicas", 1) > mesh["dp"] * mesh["cp"])
+        or (module in ("moe", "moe_act") and not model.is_moe)
+        or (module == "shared_experts" and not model.shared_expert_ffn)
+        or (module == "mlp" and model.dense_layers == 0)
+    )
+
+
+def case(engine: str, variant: str, mesh: dict[str, int], micro_batch: int, chosen: dict[str, Any]) -> Case:
+    fields = {name: value for name, value in chosen.items() if name not in ("drop", "packed")}
+    layout = LayoutSpec.model_construct(**{**_DEFAULTS, **mesh, "micro_batch": micro_batch, **fields})
+    return Case(engine, variant, layout, chosen.get("drop", "none"), chosen.get("packed", False))
+
+
+_DEFAULTS = LayoutSpec().model_dump()
+
+
+def micro_batch_choices(mesh: dict[str, int]) -> tuple[int, ...]:
+    share = GLOBAL_BATCH // mesh["dp"]
+    return tuple(size for size in (1, 2) if share % size == 0)
+
+
+def drawn(random_numbers: random.Random, number: int) -> Iterator[Case]:
+    """Cases that mean something, accepted or not: worlds, engines and models alike, an option one time in three."""
+    for _ in range(number):
+        engine, variant = random_numbers.choice(ENGINES), random_numbers.choice(list(VARIANTS))
+        mesh = random_numbers.choice(degrees(random_numbers.choice(WORLDS)))
+        chosen: dict[str, Any] = {}
+        for choices in OPTIONS.values():
+            if random_numbers.random() < 1 / 3:
+                chosen |= random_numbers.choice(choices)
+        if asked(variant, mesh, chosen):
+            yield case(engine, variant, mesh, random_numbers.choice(micro_batch_choices(mesh)), chosen)
+
+
+Pair = tuple[str, str, str]
+"""Engine and two features."""
+
+
+def pairs(of: Case) -> set[Pair]:
+    """The pairs of features that a case has together. The model and the world count as features beside others."""
+    features = sorted(of.features)
+    beside = (of.variant, f"world {of.world}")
+    found = {(of.engine, *pair) for pair in itertools.combinations(features, 2)}
+    return found | {(of.engine, *pair) for pair in itertools.product(beside, features)} | {(of.engine, *beside)}
+
+
+def cover(pool: list[Case], number: int, times: int, cost: dict[int, float] | None = None) -> list[Case]:
+    """Cases of `pool` that have each of its pairs `times` times, or as often as it has them; if `cost` is given, the
+    first `number` of them, the cheapest for what they cover by their world; otherwise at least `number`."""
+    covered = [pairs(each) for each in pool]
+    holders = Counter(pair for found in covered for pair in found)
+    numbers = {pair: index for index, pair in enumerate(holders)}
+    masks = [sum(1 << numbers[pair] for pair in found) for found in covered]
+    weights = [cost[each.world] if cost else 1.0 for each in pool]
+    left, missing = {pair: min(times, count) for pair, count in holders.items()}, (1 << len(numbers)) - 1
+    chosen: list[int] = []
+    while (missing and not cost) or len(chosen) < min(number, len(pool)):
+        if not missing:  # once more
+            left, missing = dict.fromkeys(holders, 1), reduce(or_, masks)
+        best = max(
+            (index for index in range(len(pool)) if masks[index]),
+            key=lambda index: (masks[index] & missing).bit_count() / weights[index],
+        )
+        chosen.append(best)
+        masks[best] = 0
+        for pair in covered[best]:
+            left[pair] -= 1
+            if left[pair] == 0:
+                missing &= ~(1 << numbers[pair])
+    return [pool[index] for index in chosen]
+
+
+@cache
+def accepted(seed: int) -> tuple[Case, ...]:
+    """All of DRAWN draws from `seed` that the table accepts, each once."""
+    found: dict[str, Case] = {}
+    for each in drawn(random.Random(seed), DRAWN):
+        if why_refused(each.job) is None:
+            found.setdefault(each.name, each)
+    return tuple(found.values())
+
+
+@cache
+def matrix(seed: int = 0) -> tuple[Case, ...]:
+    """What `make exact` runs."""
+    return tuple(cover(list(accepted(seed)), FEWEST_CASES, TIMES))
+
+
+@cache
+def subset() -> tuple[Case, ...]:
+    """What `make test` runs of it."""
+    return tuple(cover(list(matrix()), SUBSET, 1, COST))
+
+
+def refusals(pair: Pair) -> list[str]:
+    """Why no case has a pair of features together: the reasons that all cases with these two alone are refused for.
+
+    Empty where a case is accepted, and where the two exclude each other by what they mean.
+    """
+    engine, *features = pair
+    options = {name: each for choices in OPTIONS.values() for each in choices for name in _named(each)}
+    wanted = [options[feature] for feature in features if feature in options]
+    chosen = {name: value for option in wanted for name, value in option.items()}
+    reasons: Counter[str] = Counter()
+    for variant, mesh in itertools.product(VARIANTS, itertools.chain.from_iterable(map(degrees, WORLDS))):
+        if not asked(variant, mesh, chosen):
+            continue
+        for micro_batch in micro_batch_choices(mesh):
+            candidate = case(engine, variant, mesh, micro_batch, chosen)
+            if not set(features) <= candidate.features | {variant, f"world {candidate.world}"}:
+                continue
+            why = why_refused(candidate.job)
+            if why is None:
+                return []
+            reasons[why] += 1
+    return [reason for reason, _ in reasons.most_common()]
+
+
+def _named(option: dict[str, Any]) -> frozenset[str]:
+    layout = {name: value for name, value in option.items() if name not in ("drop", "packed")}
+    drop, packed = option.get("drop", "none"), option.get("packed", False)
+    return Case("megatron", "mixtral", LayoutSpec(**layout), drop, packed).features
+
+
+def features() -> list[str]:
+    """All of them: axes, options, models, worlds."""
+    options = (name for choices in OPTIONS.values() for each in choices for name in _named(each))
+    return [*DEGREES, *options, *VARIANTS, *(f"world {world}" for world in WORLDS)]

@@ -1,0 +1,87 @@
+"""`make exact`: the matrix against the oracle; prints a line a case and writes one JSON document.
+
+python tests/exactness/run.py                         # the matrix of `make exact`
+python tests/exactness/run.py --seed 7                # other layouts, drawn from this seed
+python tests/exactness/run.py --device cuda --precision bf16 --largest-world 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+
+from cases import WORLDS, matrix
+from matrix import Matrix
+
+from orchestrator.worker.exactness.verdict import BF16, FP32
+from orchestrator.worker.ranks import Ranks
+
+
+def main() -> int:
+    options = _options()
+    seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
+    chosen = [case for case in matrix(seed) if case.world <= options.largest_world]
+    chosen = [case for case in chosen if all(word in case.name.split() for word in options.only)]
+    print(f"{len(chosen)} cases of seed {seed}; again with: SEED={seed}")
+    bars = BF16 if options.precision == "bf16" else FP32
+    runner = Matrix(
+        Ranks(options.device),
+        side_by_side=options.side_by_side,
+        device=options.device,
+        precision=options.precision,
+        bars=bars,
+    )
+    began = time.monotonic()
+    results = []
+    for number, future in enumerate(runner.start(chosen).values(), 1):
+        result = future.result()
+        results.append(result)
+        print(
+            f"{number:4}/{len(chosen)} {'exact ' if result.exact else 'WRONG '} {result.seconds:6.1f} s  {result}",
+            flush=True,
+        )
+    seconds = time.monotonic() - began
+    wrong = [result for result in results if not result.exact]
+    print(f"{len(results) - len(wrong)} of {len(results)} exact, in {seconds:.0f} s")
+    for result in wrong:
+        print(f"WRONG  {result}")
+    document = {
+        "command": ["python", *sys.argv],
+        "seed": seed,
+        "device": options.device,
+        "precision": options.precision,
+        "bars": vars(bars),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "deepspeed")},
+        "seconds": round(seconds, 1),
+        "exact": len(results) - len(wrong),
+        "cases": [result.as_dict() for result in results],
+    }
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if wrong else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of layouts; -1: a new one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--largest-world", type=int, default=WORLDS[-1], metavar="RANKS")
+    parser.add_argument("--side-by-side", type=int, default=2, metavar="CASES")
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="cases whose name has all these words")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    if options.seed == -1:
+        options.seed = None
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
