@@ -74,11 +74,11 @@ def assert_exact(ranks: Ranks, spec: JobSpec) -> None:
 _FEW_TOKENS = {"experts": 16, "top_k": 1, "router_normalize_top_k": False}  # some experts get none
 _DROP_LIGHT, _DROP_LATE = {"capacity_factor": 1.0}, {"capacity_factor": 0.5, "drop_order": "position"}
 
-# Experts over tensor and data parallel ranks, cut themselves, and copied over tensor parallel ranks.
+# Experts over tensor, context and data parallel ranks, cut themselves, and copied over tensor parallel ranks.
 DISPATCHED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("alltoall", {}, {"tp": 2, "dp": 2, "ep": 4}),
     ("alltoall", _FEW_TOKENS, {"tp": 2, "ep": 2}),
-    ("alltoall", _DROP_LIGHT, {"tp": 2, "dp": 2, "ep": 4}),
+    ("alltoall", _DROP_LIGHT, {"tp": 2, "cp": 2, "ep": 4}),
     ("alltoall", _DROP_LATE, {"dp": 4, "ep": 2, "etp": 2}),
     ("allgather", {}, {"tp": 2}),
     ("allgather", {}, {"tp": 2, "dp": 2, "etp": 2}),
