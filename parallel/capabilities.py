@@ -9,50 +9,13 @@ exactly: tests/exactness holds it to that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import reduce
-from typing import Literal
 
 from jobs.errors import CombinedInputError, InputError
 from jobs.spec import JobSpec
+from parallel import deepspeed_rules
 from parallel.layout import Layout
-
-Reason = Callable[[Layout, JobSpec], str | None]
-Engines = tuple[Literal["megatron", "deepspeed"], ...]
-
-BOTH: Engines = ("megatron", "deepspeed")
-MEGATRON: Engines = ("megatron",)
-DEEPSPEED: Engines = ("deepspeed",)
-
-
-@dataclass(frozen=True)
-class JobRule:
-    """Refuses a job whatever its layout. `path` is the value to blame, `nearest` one that would do."""
-
-    path: str
-    engines: Engines
-    reason: Callable[[JobSpec], str | None]
-    nearest: object = None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Refuses a layout. `key` names the class of refusals in a plan's account; `axis` is the degree that it blames."""
-
-    key: str
-    axis: str
-    engines: Engines
-    reason: Reason
-
-
-@dataclass(frozen=True)
-class BatchRule:
-    """Refuses a micro-batch at a layout, given how many of them a rank computes in a step."""
-
-    key: str
-    axis: str
-    engines: Engines
-    reason: Callable[[Layout, JobSpec, int], str | None]
+from parallel.rules import BOTH, MEGATRON, BatchRule, JobRule, Reason, Rule, when
 
 
 def check_job(job: JobSpec) -> None:
@@ -102,10 +65,6 @@ def why_refused(job: JobSpec) -> str | None:
 # Jobs.
 
 
-def _when(refused: Callable[[JobSpec], object], reason: str) -> Callable[[JobSpec], str | None]:
-    return lambda job: reason if refused(job) else None
-
-
 def _moe(job: JobSpec) -> bool:
     return job.model.is_moe
 
@@ -131,23 +90,20 @@ def _nothing_to_recompute(job: JobSpec) -> str | None:
 
 
 def _no_offload(field: str, what: str) -> Callable[[JobSpec], str | None]:
-    return _when(lambda job: getattr(job.layout, field) != "none", f"the megatron engine keeps {what} on the device")
+    return when(lambda job: getattr(job.layout, field) != "none", f"the megatron engine keeps {what} on the device")
 
 
 JOB_RULES = (
     JobRule(
-        "engine", DEEPSPEED, _when(lambda job: True, "the deepspeed engine is not available yet"), nearest="megatron"
-    ),
-    JobRule(
         "model.kv_lora_rank",
         BOTH,
-        _when(lambda job: job.model.is_multi_latent, "no engine runs multi-latent attention yet"),
+        when(lambda job: job.model.is_multi_latent, "no engine runs multi-latent attention yet"),
         nearest=0,
     ),
     JobRule(
         "layout.context_attention",
         MEGATRON,
-        _when(
+        when(
             lambda job: job.layout.context_attention == "ulysses",
             "the megatron engine exchanges keys and values over cp, at once (gather) or in turn (ring), not heads",
         ),
@@ -156,7 +112,7 @@ JOB_RULES = (
     JobRule(
         "model.router_normalize_top_k",
         BOTH,
-        _when(
+        when(
             lambda job: _moe(job) and job.model.router_normalize_top_k and job.model.top_k == 1,
             "the one chosen expert of top_k=1 would always weigh 1, and the router never learn",
         ),
@@ -166,7 +122,7 @@ JOB_RULES = (
     JobRule(
         "layout.dispatcher",
         MEGATRON,
-        _when(
+        when(
             lambda job: _flex(job) and job.cluster.device == "cpu",
             "flex moves tokens by DeepEP, which runs on GPUs, and this job is for cpu",
         ),
@@ -175,7 +131,7 @@ JOB_RULES = (
     JobRule(
         "layout.dispatcher",
         MEGATRON,
-        _when(
+        when(
             lambda job: _flex(job) and job.train.precision == "fp32",
             "flex moves tokens by DeepEP, which takes them in bf16, and train.precision=fp32",
         ),
@@ -185,7 +141,7 @@ JOB_RULES = (
     JobRule(
         "layout.zero_stage",
         MEGATRON,
-        _when(
+        when(
             lambda job: job.layout.zero_stage != 1,
             "the megatron engine shards the optimizer's state and nothing else; "
             "layout.optimizer_replicas says over how many ranks",
@@ -194,6 +150,7 @@ JOB_RULES = (
     ),
     JobRule("layout.offload_optimizer", MEGATRON, _no_offload("offload_optimizer", "optimizer state"), nearest="none"),
     JobRule("layout.offload_parameters", MEGATRON, _no_offload("offload_parameters", "weights"), nearest="none"),
+    *deepspeed_rules.JOB_RULES,
 )
 
 
@@ -215,23 +172,12 @@ def _kv_heads(layout: Layout, job: JobSpec) -> str | None:
     return None if heads % layout.tp == 0 else f"tp={layout.tp} does not divide kv_heads={heads}"
 
 
-def _no_context_parallelism(layout: Layout, job: JobSpec) -> str | None:
-    degree = layout.cp
-    return None if degree == 1 else f"cp={degree}: context parallelism is not available in the {job.engine} engine yet"
-
-
 def _no_experts(axis: str) -> Reason:
     def reason(layout: Layout, job: JobSpec) -> str | None:
         degree = layout.degree(axis)
         return None if _moe(job) or degree == 1 else f"{axis}={degree}, but {job.model.name} has no experts"
 
     return reason
-
-
-def _no_virtual_stages(layout: Layout, job: JobSpec) -> str | None:
-    if layout.vpp == 1:
-        return None
-    return f"vpp={layout.vpp}: the interleaved schedule is not available in the {job.engine} engine yet"
 
 
 def _optimizer_replicas(name: str, ranks: Callable[[Layout], int]) -> Reason:
@@ -272,8 +218,7 @@ def _split_sequence(layout: Layout, job: JobSpec) -> str | None:
 
 
 ATTENTION_RULES = (
-    Rule("context parallelism", "cp", DEEPSPEED, _no_context_parallelism),
-    Rule("virtual stages", "vpp", DEEPSPEED, _no_virtual_stages),
+    *deepspeed_rules.ATTENTION_RULES,
     Rule("layers", "pp", BOTH, _divides("pp", "layers", lambda job: job.model.layers)),
     Rule("layers", "vpp", MEGATRON, _virtual_layers),
     Rule("heads", "tp", BOTH, _divides("tp", "heads", lambda job: job.model.heads)),
@@ -300,6 +245,7 @@ EXPERT_RULES = (
     Rule("expert_ffn", "etp", BOTH, _divides("etp", "expert_ffn", lambda job: job.model.expert_ffn)),
     Rule("optimizer_replicas", "ep", MEGATRON, _optimizer_replicas("edp", lambda layout: layout.edp)),
     Rule("dispatcher", "ep", MEGATRON, _nobody_to_dispatch_to),
+    *deepspeed_rules.EXPERT_RULES,
 )
 
 

@@ -19,6 +19,7 @@ class Ranks:
 
     def __init__(self, device: Literal["cpu", "cuda"] = "cpu") -> None:
         self._device = device
+        os.environ["DS_ACCELERATOR"] = device  # read when DeepSpeed is imported, by the server
         if device == "cuda":
             # Counting GPUs through CUDA would initialise it in the server, after which no fork of it can use one.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
         (["plan", "quickstart", "layout.tp=3"], "layout.tp", "tp=2 or tp=1"),
         (["plan", "quickstart", "layout.ep=16"], "layout.ep", "ep=4 or ep=2 or ep=1"),
         (["plan", "quickstart", "cluster=laptpo"], "cluster", "laptop"),
-        (["plan", "quickstart", "engine=deepspeed"], "engine", "megatron"),
+        (["plan", "quickstart", "engine=deepspeed", "layout.recompute=selective"], "layout.recompute", "full"),
         (["plan", "deepseek_v3"], "model.kv_lora_rank", 0),
         (["run", "quickstart", "train.steps=0"], "train.steps", 1),
         (["run", "quickstart", "data.files=/nowhere/*.txt"], "data.files", None),

@@ -103,10 +103,6 @@ def test_what_runs(make_job: Any, model: str, layout: dict[str, int]) -> None:
     ("job", "message"),
     [
         (
-            {"engine": "deepspeed"},
-            "engine=deepspeed: the deepspeed engine is not available yet; nearest valid: megatron",
-        ),
-        (
             {"model": "deepseek_v3"},
             "model.kv_lora_rank=512: no engine runs multi-latent attention yet; nearest valid: 0",
         ),
@@ -188,3 +184,64 @@ def test_flex_has_ranks_to_move_tokens_between(make_job: Any) -> None:
     assert alone is not None
     assert alone[1] == "dispatcher=flex moves tokens between ranks, and etp*ep=1 leaves none to move"
     assert refusal(RULES, Layout(dp=2, ep=2), job) is None
+
+
+DEEPSPEED_LAYOUTS = [
+    ({}, {"tp": 2}, "tp=2: tensor parallelism is not available in the deepspeed engine yet"),
+    ({}, {"pp": 2}, "pp=2: the pipeline is not available in the deepspeed engine yet"),
+    ({}, {"dp": 2, "etp": 2}, "etp=2: the deepspeed engine shards experts over ep, never within one"),
+    (
+        {"zero_stage": 3},
+        {"dp": 2, "ep": 2},
+        "ep=2: ZeRO-3 shards a weight over all of dp, and experts differ there; zero_stage=3",
+    ),
+    ({"zero_stage": 2}, {"dp": 2, "ep": 2}, None),
+    ({"zero_stage": 3}, {"dp": 8}, None),
+]
+
+
+@pytest.mark.parametrize(("options", "degrees", "reason"), DEEPSPEED_LAYOUTS)
+def test_layouts_of_the_deepspeed_engine(
+    make_job: Any, options: dict[str, Any], degrees: dict[str, int], reason: str | None
+) -> None:
+    refused = refusal(RULES, Layout(**degrees), make_job(engine="deepspeed", layout=options))
+    assert (refused and refused[1]) == reason
+
+
+DEEPSPEED_JOBS = [
+    ({"dispatcher": "allgather"}, "layout.dispatcher=allgather: the deepspeed engine sends tokens to experts by an"),
+    ({"recompute": "selective"}, "layout.recompute=selective: the deepspeed engine recomputes whole layers, or none"),
+    ({"recompute": "full"}, None),
+    ({"optimizer_replicas": 2}, "layout.optimizer_replicas=2: ZeRO shards over all data parallel ranks"),
+    ({"zero_stage": 0}, "layout.zero_stage=0: without ZeRO, DeepSpeed adds micro-batches' gradients up in bf16"),
+    (
+        {"zero_stage": 2, "offload_optimizer": "nvme", "nvme_folder": "/fast"},
+        "layout.offload_optimizer=nvme: wants zero_stage of at least 3, zero_stage=2",
+    ),
+    ({"zero_stage": 1, "offload_optimizer": "cpu"}, None),
+    (
+        {"zero_stage": 2, "offload_parameters": "cpu"},
+        "layout.offload_parameters=cpu: wants zero_stage=3, zero_stage=2",
+    ),
+    ({"zero_stage": 3, "offload_parameters": "cpu"}, None),
+    (
+        {"zero_stage": 3, "offload_parameters": "nvme"},
+        "layout.nvme_folder: offload to nvme needs a folder for its files, the same on every node",
+    ),
+    ({"zero_stage": 3, "offload_optimizer": "nvme", "nvme_folder": "/fast"}, None),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), DEEPSPEED_JOBS)
+def test_jobs_of_the_deepspeed_engine(make_job: Any, options: dict[str, Any], message: str | None) -> None:
+    job = make_job(engine="deepspeed", layout=options)
+    if message is None:
+        check_job(job)
+        return
+    with pytest.raises(InputError) as caught:
+        check_job(job)
+    assert str(caught.value).startswith(message)
+
+
+def test_without_zero_fp32_gradients_add_up_in_fp32(make_job: Any) -> None:
+    check_job(make_job(engine="deepspeed", layout={"zero_stage": 0}, precision="fp32"))
