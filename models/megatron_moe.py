@@ -87,7 +87,7 @@ def has_place(chosen: torch.Tensor, weights: torch.Tensor, model: ModelArchitect
 
 
 class LeanExperts(SequentialMLP):
-    """Experts that compute their activations again in backward: `moe_act`, which Megatron gives to grouped ones only."""
+    """Experts that compute their activations again in backward (`moe_act`); Megatron gives it to grouped ones alone."""
 
     def __init__(
         self,

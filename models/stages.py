@@ -1,4 +1,4 @@
-"""The stages of a pipeline over the reference model: each a run of its layers, the ends with what comes before or after."""
+"""Stages of a pipeline over the reference model: runs of its layers, the ends with what is before and after."""
 
 from __future__ import annotations
 

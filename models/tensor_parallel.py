@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from jobs.tensors import Shape
 from models.reference import Attention, MoE, RMSNorm, Routing, SwiGLU
 from models.weights import Shard
 from parallel.sums import sum_gradients, sum_parts
@@ -31,9 +32,9 @@ def split_dim(name: str) -> int | None:
     return 1 if name.endswith(_COLUMNS) else None
 
 
-def block(name: str, part: Tensor, index: int, degree: int) -> Shard:
-    """`part`, of a tensor divided by `split_tensors`, as rank `index` of `degree` holds it."""
-    size, dim = tuple(part.shape), split_dim(name)
+def block(name: str, part: Tensor, size: Shape, index: int, degree: int) -> Shard:
+    """`part`, the memory of a tensor that `split_tensors` left with `size`, as rank `index` of `degree` holds it."""
+    dim = split_dim(name)
     shape = tuple(length * degree if at == dim else length for at, length in enumerate(size))
     offset = tuple(length * index if at == dim else 0 for at, length in enumerate(size))
     return Shard(name, shape, offset, size, part)

@@ -19,7 +19,7 @@ from parallel.sums import sum_everywhere
 def split_sequence(decoder: nn.Module, group: dist.ProcessGroup) -> None:
     """Make `decoder`, a Decoder or a stage of one, compute on parts of rows as if it saw them whole.
 
-    `kv_heads` of an attention layer, after tensor parallelism, are the caller's to check: the group's size divides them.
+    That the group's size divides a layer's kv_heads, after tensor parallelism, is the caller's to check.
     """
     for module in decoder.modules():
         match module:
@@ -34,15 +34,12 @@ def part_of_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return rows.chunk(dist.get_world_size(group), 1)[dist.get_rank(group)]
 
 
-def part_of_context(
-    tokens: Tensor, documents: Tensor | None, groups: Tensor | None, group: dist.ProcessGroup
-) -> Context:
+def part_of_context(tokens: Tensor, documents: Tensor | None, group: dist.ProcessGroup) -> Context:
     """What a layer is told of this rank's part of rows, of which all [batch, sequence] tokens are given.
 
-    Positions, and dispatch groups, are the part's; documents are whole, as attention sees whole rows.
+    Positions are the part's; documents are whole, as attention sees whole rows.
     """
-    positions = part_of_rows(positions_of(tokens, documents), group)
-    return Context(positions, documents, None if groups is None else part_of_rows(groups, group))
+    return Context(part_of_rows(positions_of(tokens, documents), group), documents)
 
 
 class UlyssesAttention(nn.Module):

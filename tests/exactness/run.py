@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from cases import WORLDS, matrix
+from cases import WORLDS, matrix, subset
 from matrix import Matrix
 
 from orchestrator.worker.exactness.verdict import BF16, FP32
@@ -26,7 +26,7 @@ from orchestrator.worker.ranks import Ranks
 def main() -> int:
     options = _options()
     seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
-    chosen = [case for case in matrix(seed) if case.world <= options.largest_world]
+    chosen = [case for case in (subset() if options.subset else matrix(seed)) if case.world <= options.largest_world]
     chosen = [case for case in chosen if all(word in case.name.split() for word in options.only)]
     print(f"{len(chosen)} cases of seed {seed}; again with: SEED={seed}")
     bars = BF16 if options.precision == "bf16" else FP32
@@ -71,6 +71,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the draw of layouts; -1: a new one")
+    parser.add_argument("--subset", action="store_true", help="the cases of `make test`")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--largest-world", type=int, default=WORLDS[-1], metavar="RANKS")

@@ -35,7 +35,7 @@ VARIANTS = {
             **_SHAPE,
             **_MOE,
         ),
-        ModelArchitecture(name="qwen3moe", qk_norm=True, tied_embeddings=True, **_SHAPE | {"layers": 8}, **_MOE),
+        ModelArchitecture(name="qwen3moe", qk_norm=True, tied_embeddings=True, **_SHAPE, **_MOE),
         ModelArchitecture(
             name="deepseek",
             shared_expert_ffn=16,

@@ -85,10 +85,10 @@ def test_tensors_missing_extra_misshapen_and_quantised_are_all_named(folder: Pat
     save_file(held, file(folder, 1))
     count = len(tensors(MODEL))
     assert refusals(folder) == [
-        f"init_from={folder}: lacks 1 of the model's {count} tensors: {gone}",
-        f"init_from={folder}: has 1 tensors that the model does not have: model.layers.9.surplus",
-        f"init_from={folder}: has 1 tensors of another shape: {bent} [64, 31] for [64, 32]",
-        f"init_from={folder}: has 1 tensors of a precision that is not among F64, F32, F16, BF16: {quantised} I8",
+        f"init_from={folder}: tensors missing (1 of the model's {count}): {gone}",
+        f"init_from={folder}: tensors extra (1): model.layers.9.surplus",
+        f"init_from={folder}: tensors misshapen (1): {bent} [64, 31] for [64, 32]",
+        f"init_from={folder}: tensors of a precision not among F64, F32, F16, BF16 (1): {quantised} I8",
     ]
 
 

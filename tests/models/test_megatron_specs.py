@@ -81,8 +81,8 @@ def test_configuration_says_what_the_job_says() -> None:
     assert mixtral.sequence_parallel
     assert (mixtral.bf16, mixtral.params_dtype, mixtral.moe_router_dtype) == (True, torch.bfloat16, "fp32")
     assert (mixtral.kv_channels, mixtral.num_query_groups, mixtral.moe_ffn_hidden_size) == (16, 2, 24)
-    assert (mixtral.moe_router_pre_softmax, mixtral.moe_layer_freq) == (False, 1)
+    assert mixtral.moe_layer_freq == 1
     assert (mixtral.moe_router_load_balancing_type, mixtral.moe_aux_loss_coeff) == ("seq_aux_loss", 0.02)
     qwen = transformer_config(job(router_normalize_top_k=False, first_dense_layers=2, attention_bias=True), Layout())
-    assert (qwen.moe_router_pre_softmax, qwen.moe_layer_freq, qwen.add_qkv_bias) == (True, [0, 0, 1], True)
+    assert (qwen.moe_layer_freq, qwen.add_qkv_bias) == ([0, 0, 1], True)
     assert not qwen.sequence_parallel

@@ -92,7 +92,7 @@ def test_the_balancing_loss_and_the_z_loss() -> None:
                 share[expert] += float(expert in experts[row, at]) / (HIDDEN.shape[1] * model.top_k)
         balance += model.experts * sum(f * p for f, p in zip(share, mean, strict=True)) / len(HIDDEN)
     expected = 0.3 * balance + 0.07 * square / tokens
-    assert float(router(HIDDEN, None).auxiliary) == pytest.approx(expected, rel=1e-5)
+    assert router(HIDDEN, None).auxiliary.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["all tokens", "two groups"])

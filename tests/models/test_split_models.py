@@ -53,7 +53,7 @@ def _data() -> tuple[Tensor, Tensor, Tensor]:
 
 def _fill(module: nn.Module, tp: int = 1, index: int = 0) -> None:
     for name, parameter in module.named_parameters():
-        shard = block(name, parameter.data, index, tp)
+        shard = block(name, parameter.data, tuple(parameter.shape), index, tp)
         shard.write(shard.cut(draw(name, shard.shape, MODEL, 1, parameter.device)))
 
 
@@ -68,7 +68,6 @@ def _whole() -> tuple[Tensor, dict[str, Tensor]]:
 
 def _divided(rank: int, layout: Layout) -> tuple[np.ndarray, dict[str, tuple[tuple[slice, ...], np.ndarray]]]:
     """This rank's logits and gradients of its loss; both losses and gradients are to be added up over cp."""
-    import deepspeed
 
     deepspeed.init_distributed("gloo", dist_init_required=False)
     at = layout.coordinates(rank)
@@ -77,14 +76,14 @@ def _divided(rank: int, layout: Layout) -> tuple[np.ndarray, dict[str, tuple[tup
     split_tensors(stage, tensor)
     split_sequence(stage, sequence)
     _fill(stage, layout.tp, at["tp"])
-    stage.contexts = iter([part_of_context(tokens, documents, None, sequence)])
+    stage.contexts = iter([part_of_context(tokens, documents, sequence)])
     stage.auxiliary_weight = 1 / layout.cp
     logits = stage(part_of_rows(tokens, sequence))
     (logits * part_of_rows(target, sequence).chunk(layout.tp, -1)[at["tp"]]).sum().backward()
     gradients = {}
     for name, parameter in stage.named_parameters():
         dist.all_reduce(parameter.grad, group=sequence)
-        offset, size = block(name, parameter.data, at["tp"], layout.tp).offset, parameter.shape
+        offset, size = block(name, parameter.data, tuple(parameter.shape), at["tp"], layout.tp).offset, parameter.shape
         here = tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
         gradients[name] = (here, parameter.grad.numpy())
     return logits.detach().numpy(), gradients

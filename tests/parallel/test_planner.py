@@ -55,8 +55,8 @@ def test_every_class_of_rejection_is_counted_with_an_example(make_job: Any) -> N
 
 def test_memorys_example_is_the_nearest_miss(make_job: Any) -> None:
     shown = message(make_job("mixtral_8x7b", "h100_x8"))
-    assert shown.startswith("cluster.nodes=1: no layout on 8 devices runs: tp8 ep8 with micro_batch=1 needs 1")
-    assert "GiB a device, which has 79.0 GiB (memory: " in shown
+    assert shown.startswith("cluster.nodes=1: tp8 ep8 with micro_batch=1 needs 1")
+    assert "GiB a device, which has 79.0 GiB; " in shown
     assert shown.endswith("nearest valid: nodes=2")
 
 
@@ -98,8 +98,7 @@ def test_no_mfu_without_a_known_peak(make_job: Any) -> None:
     [
         ({"tp": 3}, "layout.tp=3: tp=3 does not divide the cluster's 4 devices; nearest valid: tp=2 or tp=1"),
         ({"tp": 4}, "layout.tp=4: tp=4 exceeds kv_heads=2, which are not replicated; nearest valid: tp=2 or tp=1"),
-        ({"cp": 2}, "layout.cp=2: cp=2: context parallelism is not available in the megatron engine yet; "
-         "nearest valid: cp=1"),
+        ({"pp": 2, "vpp": 4}, "layout.vpp=4: pp*vpp=2*4=8 does not divide layers=4; nearest valid: vpp=1"),
         ({"pp": 8}, "layout.pp=8: pp=8 exceeds the cluster's 4 devices; nearest valid: pp=4 or pp=2 or pp=1"),
         (
             {"tp": 2, "cp": 1, "dp": 4, "pp": 2},
@@ -122,9 +121,8 @@ def test_a_fixed_degree_that_cannot_be(make_job: Any, layout: dict[str, int], sh
 def test_what_blames_the_changed_degree_is_said_first_and_all_is_counted(make_job: Any) -> None:
     shown = message(make_job("mixtral_8x7b", "h100_x8", {"tp": 2, "ep": 16}, nodes=8, global_batch=256))
     assert shown == (
-        "layout.ep=16: no layout on 64 devices runs: ep=16 does not divide experts=8 (experts: 6); "
-        "etp*ep=1*16=16 does not divide tp*cp*dp=2*1*4=8 (expert mesh: 3); "
-        "cp=2: context parallelism is not available in the megatron engine yet (context parallelism: 15); "
+        "layout.ep=16: no layout on 64 devices runs: ep=16 does not divide experts=8 (experts: 32); "
+        "etp*ep=1*16=16 does not divide tp*cp*dp=2*1*4=8 (expert mesh: 6); "
         "nearest valid: ep=8 or ep=4 or ep=2"
     )
 

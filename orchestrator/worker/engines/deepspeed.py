@@ -17,11 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter, functional
+from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from jobs.spec import JobSpec
-from models.reference import Decoder, MoE, Router
+from models.reference import MoE, Router
+from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
 from orchestrator.worker.engines.protocol import Batch, StepResult
 from parallel.layout import Layout
@@ -35,7 +36,12 @@ from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger, set_z3_leaf_modules
 
 from models.deepspeed_experts import EXPERT_GROUP, ParallelExperts
+from models.tensor_parallel import block, split_dim, split_tensors
+from models.ulysses import split_sequence
 from orchestrator.worker.engines.deepspeed_checkpoint import Held, load, save
+from orchestrator.worker.engines.deepspeed_mesh import Mesh
+from orchestrator.worker.engines.deepspeed_model import MicroBatch, WholeModel
+from orchestrator.worker.engines.deepspeed_pipeline import Pipeline
 from orchestrator.worker.engines.deepspeed_state import State
 
 # It would run compilers and query GPUs to know what it could compile, and on a CPU then compile an all-reduce.
@@ -53,6 +59,7 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> DeepSpeedEngine
     Once a process: DeepSpeed's groups are global.
     """
     os.environ["LOCAL_RANK"] = str(device.index or 0)
+    deepspeed.init_distributed(dist_init_required=False)
     return DeepSpeedEngine(job, layout, device)
 
 
@@ -68,8 +75,10 @@ class DeepSpeedEngine:
     def __init__(self, job: JobSpec, layout: Layout, device: torch.device) -> None:
         self._job, self._train, self._layout, self._device = job, job.train, layout, device
         self._reseed(0)
-        self._data = dist.group.WORLD
+        self._mesh = Mesh(layout)
         self._decoder = self._build_decoder()
+        self._pipeline = Pipeline(self._decoder, self._mesh, tied=job.model.tied_embeddings) if layout.pp > 1 else None
+        self._mark()
         self.parameters = job.model.parameters
         optimizer = torch.optim.AdamW(
             self._parameter_groups(),
@@ -80,7 +89,11 @@ class DeepSpeedEngine:
         )
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints how much memory there is
             self._engine, *_ = deepspeed.initialize(
-                model=self._decoder, optimizer=optimizer, config=self._configuration(), dist_init_required=False
+                model=self._pipeline or self._decoder,
+                optimizer=optimizer,
+                config=self._configuration(),
+                mpu=None if self._pipeline else self._mesh,
+                dist_init_required=False,
             )
         self._state = State(self._engine, optimizer)
         self.set_weights(drawn(job.model, self._train.seed))
@@ -88,30 +101,23 @@ class DeepSpeedEngine:
     def train_step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
         self._reseed(step)
         self._engine.train()
-        counted = self._counted(batches)
+        parts, counted = self._put(batches)
         # DeepSpeed averages gradients over DP: a sum of losses times this becomes the mean over the global batch.
-        scale = (self._layout.dp / counted).float()
-        total = torch.zeros_like(counted)
-        for index, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss, cross_entropy = self._engine(*self._put(batch), scale, 1 / len(batches))
-            self._engine.backward(loss)
-            total += cross_entropy
+        scale = (dist.get_world_size(self._mesh.data) / counted).float()
+        total = self._forward_backward(parts, scale)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         grad_norm = self._step()
         self._update_router_biases()
-        dist.all_reduce(total, group=self._data)
+        dist.all_reduce(total, group=self._mesh.losses)
         return StepResult((total / counted).item(), grad_norm)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         self._engine.eval()
-        counted = self._counted(batches)
-        total = torch.zeros_like(counted)
+        parts, counted = self._put(batches)
         with torch.no_grad():
-            for batch in batches:
-                total += self._engine(*self._put(batch), counted, 0.0)[1]
-        dist.all_reduce(total, group=self._data)
+            total = self._forward(parts)
+        dist.all_reduce(total, group=self._mesh.losses)
         return (total / counted).item()
 
     def set_weights(self, source: Source) -> None:
@@ -139,32 +145,66 @@ class DeepSpeedEngine:
     def _biases(self) -> list[Shard]:
         return [whole(f"{name}.bias", router.bias) for name, router in self._routers()]
 
-    def _build_decoder(self) -> Decoder:
+    def _forward_backward(self, batches: Sequence[MicroBatch], scale: Tensor) -> Tensor:
+        """Leave averaged gradients. Returns the sum of this rank's cross-entropies, fp64 []."""
+        if self._pipeline:
+            return self._pipeline.run(self._engine, batches, scale, forward_only=False)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            loss, cross_entropy = self._engine(batch, scale, 1 / len(batches))
+            self._engine.backward(loss)
+            total += cross_entropy
+        return total
+
+    def _forward(self, batches: Sequence[MicroBatch]) -> Tensor:
+        unused = torch.ones((), device=self._device)
+        if self._pipeline:
+            return self._pipeline.run(self._engine, batches, unused, forward_only=True)
+        return torch.stack([self._engine(batch, unused, 0.0)[1] for batch in batches]).sum()
+
+    def _build_decoder(self) -> Stage:
         """Without values yet; weights in the precision that they are trained in, router biases in fp32."""
-        job, layout = self._job, self._layout
+        job, layout, mesh = self._job, self._layout, self._mesh
         with torch.device("meta"):
-            decoder = _Trained(job.model)
+            decoder = WholeModel(job.model, mesh) if layout.pp == 1 else Stage(job.model, mesh.at["pp"], layout.pp)
         if layout.ep > 1:
             group = self._expert_group()
             for layer in decoder.modules():
                 if isinstance(layer, MoE):
                     layer.experts = ParallelExperts(layer.experts, group)
+        if layout.tp > 1:
+            split_tensors(decoder, mesh.tensor)
+        if layout.cp > 1:
+            split_sequence(decoder, mesh.sequence)
         if self._train.precision == "bf16":
             for parameter in decoder.parameters():
                 parameter.data = parameter.data.bfloat16()
         decoder.to_empty(device=self._device)
         for buffer in decoder.buffers():
             buffer.zero_()
-        for module in decoder.modules():
-            if isinstance(module, ParallelExperts):
-                module.mark()
         # ZeRO-3 gathers what it calls a leaf at once, whichever experts are visited, and looks for tensors in its
         # output alone, not in what its parts hand one another.
         set_z3_leaf_modules(decoder, [MoE], raise_if_not_found=False)
         if job.layout.recompute == "full":
-            for layer in decoder.layers:
+            for layer in decoder.layers.values():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         return decoder
+
+    def _mark(self) -> None:
+        """Tell DeepSpeed which parameters are whose, once they are in memory, since a move forgets.
+
+        A part of a tensor counts in the gradient's norm on every rank that has one, a replica on the first. DeepSpeed
+        knows what to count by `model_parallel` and `ds_pipe_replicated`; it would take any tensor of the ranks that are
+        not first for a replica, another stage's too.
+        """
+        for module in self._decoder.modules():
+            if isinstance(module, ParallelExperts):
+                module.mark()
+        for name, parameter in self._decoder.named_parameters():
+            is_copy = name == "embedding.weight" and not self._decoder.is_first
+            parameter.ds_pipe_replicated = is_copy
+            parameter.model_parallel = not is_copy and (self._mesh.at["tp"] == 0 or split_dim(name) is not None)
 
     def _expert_group(self) -> dist.ProcessGroup:
         """Tell DeepSpeed of the layout's groups of experts and of their replicas. Gives the first."""
@@ -226,29 +266,34 @@ class DeepSpeedEngine:
 
     def _block(self, name: str, parameter: Parameter) -> Shard:
         """Which block of the model's tensors a parameter is; ZeRO-3 leaves its own shape aside."""
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        return Shard(name, shape, (0,) * len(shape), shape, parameter.data)
+        size = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        return block(name, parameter.data, size, self._mesh.at["tp"], self._layout.tp)
 
     def _step(self) -> float:
         """Clip, step, and forget the gradients. Returns the norm before clipping."""
         if self._job.layout.zero_stage:
-            self._engine.step()
+            self._take_step()
             return float(self._engine.get_global_grad_norm())
         norm = self._gradient_norm()
         if self._train.clip_grad_norm:
             scale = (self._train.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             for parameter in self._decoder.parameters():
                 parameter.grad.mul_(scale)
-        self._engine.step()
+        self._take_step()
         return float(norm)
+
+    def _take_step(self) -> None:
+        self._engine._exec_optimizer_step() if self._pipeline else self._engine.step()
 
     def _gradient_norm(self) -> Tensor:
         """Of all parameters, each once. DeepSpeed's own, without ZeRO, is the mean of the norms of what ranks hold."""
         squares = torch.zeros(2, dtype=torch.float64, device=self._device)
         for parameter in self._decoder.parameters():
-            squares[int(hasattr(parameter, "group_name"))] += parameter.grad.float().norm().double().square()
+            if parameter.model_parallel:
+                squares[int(hasattr(parameter, "group_name"))] += parameter.grad.float().norm().double().square()
         if self._layout.ep > 1:
             dist.all_reduce(squares[1:], group=deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERT_GROUP])
+        dist.all_reduce(squares, group=self._mesh.model)
         return squares.sum().sqrt()
 
     def _routers(self) -> Iterator[tuple[str, Router]]:
@@ -259,41 +304,18 @@ class DeepSpeedEngine:
 
     def _update_router_biases(self) -> None:
         for _, router in self._routers():
-            dist.all_reduce(router.load, group=self._data)
+            dist.all_reduce(router.load, group=self._mesh.data)
             router.update_bias()
 
-    def _counted(self, batches: Sequence[Batch]) -> Tensor:
-        """Labels that count over all ranks' batches, float64 []."""
-        mine = sum(float(batch.loss_mask.sum()) for batch in batches)
-        counted = torch.tensor(mine, dtype=torch.float64, device=self._device)
-        dist.all_reduce(counted, group=self._data)
-        return counted
-
-    def _put(self, batch: Batch) -> list[Tensor | None]:
-        arrays = (batch.tokens, batch.labels, batch.loss_mask, batch.documents)
-        return [None if array is None else torch.tensor(array, device=self._device) for array in arrays]
+    def _put(self, batches: Sequence[Batch]) -> tuple[list[MicroBatch], Tensor]:
+        """This rank's part of `batches`, and how many labels count over all ranks', float64 []."""
+        parts = [MicroBatch.of(batch, self._mesh, self._device) for batch in batches]
+        counted = torch.stack([part.mask.sum() for part in parts]).sum().double()
+        dist.all_reduce(counted, group=self._mesh.data)
+        return parts, counted
 
     def _reseed(self, step: int) -> None:
         seed = int(np.random.SeedSequence((self._train.seed, step)).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-
-
-class _Trained(Decoder):
-    """The model and what is optimised, in one: DeepSpeed prepares backward by the tensors that its module gives."""
-
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        mask: Tensor,
-        documents: Tensor | None,
-        scale: Tensor,
-        auxiliary_scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        """`scale` * sum of cross-entropies + `auxiliary_scale` * auxiliary loss, [], and the sum, fp64 []."""
-        output = super().forward(tokens, documents)
-        losses = functional.cross_entropy(output.logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-        total = (losses * mask.flatten()).sum()
-        return total * scale + output.auxiliary * auxiliary_scale, total.detach().double()

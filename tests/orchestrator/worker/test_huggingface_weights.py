@@ -82,6 +82,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_fp32_checkpoints_of_whole_tensors_are_rounded_once(tmp_path: Path) -> None:
     """As the deepspeed engine writes them."""
     model = FAMILIES["mixtral"]

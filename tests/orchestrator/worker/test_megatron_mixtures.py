@@ -71,24 +71,26 @@ def assert_exact(ranks: Ranks, spec: JobSpec) -> None:
     assert verdict.exact, str(verdict)
 
 
-DISPATCHED: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    # Experts over tensor and data parallel ranks, cut themselves, and copied over tensor parallel ranks.
-    ({}, {"tp": 2, "dp": 2, "ep": 4}),
-    ({}, {"tp": 2, "dp": 2, "etp": 2}),
-    ({}, {"dp": 4, "ep": 2, "etp": 2}),
-    ({}, {"tp": 2}),
-    # Some experts of many get no token at all.
-    ({"experts": 16, "top_k": 1, "router_normalize_top_k": False}, {"tp": 2, "ep": 2}),
-    ({"capacity_factor": 1.0}, {"tp": 2, "dp": 2, "ep": 4}),
-    ({"capacity_factor": 1.0, "drop_order": "position"}, {"dp": 4, "ep": 2, "etp": 2}),
-    ({"capacity_factor": 0.5, "drop_order": "position"}, {"tp": 2, "dp": 2, "etp": 2}),
+_FEW_TOKENS = {"experts": 16, "top_k": 1, "router_normalize_top_k": False}  # some experts get none
+_DROP_LIGHT, _DROP_LATE = {"capacity_factor": 1.0}, {"capacity_factor": 0.5, "drop_order": "position"}
+
+# Experts over tensor and data parallel ranks, cut themselves, and copied over tensor parallel ranks.
+DISPATCHED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("alltoall", {}, {"tp": 2, "dp": 2, "ep": 4}),
+    ("alltoall", _FEW_TOKENS, {"tp": 2, "ep": 2}),
+    ("alltoall", _DROP_LIGHT, {"tp": 2, "dp": 2, "ep": 4}),
+    ("alltoall", _DROP_LATE, {"dp": 4, "ep": 2, "etp": 2}),
+    ("allgather", {}, {"tp": 2}),
+    ("allgather", {}, {"tp": 2, "dp": 2, "etp": 2}),
+    ("allgather", _FEW_TOKENS, {"tp": 2, "ep": 2}),
+    ("allgather", _DROP_LIGHT, {"dp": 4, "ep": 2, "etp": 2}),
+    ("allgather", _DROP_LATE, {"tp": 2, "dp": 2, "ep": 4}),
 ]
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@pytest.mark.parametrize(("model", "layout"), DISPATCHED, ids=str)
+@pytest.mark.parametrize(("dispatcher", "model", "layout"), DISPATCHED, ids=str)
 def test_experts_are_reached_wherever_they_lie(
-    ranks: Ranks, model: dict[str, Any], layout: dict[str, Any], dispatcher: str
+    ranks: Ranks, dispatcher: str, model: dict[str, Any], layout: dict[str, Any]
 ) -> None:
     assert_exact(ranks, job(model, {**layout, "dispatcher": dispatcher}))
 
@@ -219,5 +221,5 @@ def _parameters(rank: int, spec: JobSpec) -> int:
 
 def test_a_node_without_deepep_says_so_before_anything_starts() -> None:
     spec = job({}, {"dp": 2, "ep": 2, "dispatcher": "flex"})
-    with pytest.raises(InputError, match="DeepEP .* is not installed here; nearest valid: alltoall"):
+    with pytest.raises(InputError, match=r"DeepEP .* is not installed here; nearest valid: alltoall"):
         build(spec, Layout.of(spec.layout), torch.device("cuda", 0))
