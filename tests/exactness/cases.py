@@ -160,11 +160,12 @@ Pair = tuple[str, str, str]
 
 
 def pairs(of: Case) -> set[Pair]:
-    """The pairs of features that a case has together. The model and the world count as features beside others."""
-    features = sorted(of.features)
-    beside = (of.variant, f"world {of.world}")
-    found = {(of.engine, *pair) for pair in itertools.combinations(features, 2)}
-    return found | {(of.engine, *pair) for pair in itertools.product(beside, features)} | {(of.engine, *beside)}
+    """The pairs of features that a case has together. Its model counts as one, and its world where it is above one."""
+    features = of.features | {of.variant, f"world {of.world}"}
+    found = itertools.combinations(sorted(features), 2)
+    return {(of.engine, *pair) for pair in found if "world 1" not in pair} | {
+        (of.engine, of.variant, f"world {of.world}")
+    }
 
 
 def cover(pool: list[Case], number: int, times: int, cost: dict[int, float] | None = None) -> list[Case]:
