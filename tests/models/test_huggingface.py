@@ -68,6 +68,7 @@ def test_only_a_rank_s_block_is_read(folder: Path) -> None:
 def test_weights_are_rounded_once_to_the_precision_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
     (file, config) = write(tmp_path, MODEL, WEIGHTS.__getitem__, dtype, 16)
     assert (file.name, config.name) == ("model.safetensors", "config.json")
+    assert file.stat().st_mode == config.stat().st_mode
     assert torch.equal(load_file(file)["lm_head.weight"], WEIGHTS["head.weight"].to(dtype))
     assert json.loads(config.read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
     entries = check(str(tmp_path), MODEL)

@@ -71,7 +71,7 @@ def routed(model: ModelArchitecture, hidden: Tensor, groups: Tensor | None = Non
     router = Router(model)
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(3))
     routing = router(hidden, groups)
-    return router, routing.experts, routing.weights
+    return router, routing.experts, routing.weights.detach()
 
 
 HIDDEN = torch.randn(3, 8, MOE.hidden, generator=torch.Generator().manual_seed(4))
