@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -59,10 +60,12 @@ def write(
     """
     theirs, described = names(model), config(model, str(dtype).removeprefix("torch."), sequence_length)
     files = _divided(model, dtype.itemsize, file_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
+    os.umask(mask := os.umask(0))  # it can only be read by being set
     for number, held in enumerate(files, 1):
         file = folder / (SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors")
         save_file({theirs[name]: read(name).to(dtype).contiguous() for name in held}, file, metadata={"format": "pt"})
+        file.chmod(0o666 & ~mask)  # safetensors would leave it to its owner alone
         weight_map |= {theirs[name]: file.name for name in held}
         yield file
     if len(files) > 1:

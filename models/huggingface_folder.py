@@ -83,10 +83,10 @@ def _compare(folder: str, found: Mapping[str, Entry], shapes: Mapping[str, Shape
     errors = [
         InputError("init_from", folder, f"{problem}: {_list(those)}")
         for problem, those in (
-            (f"lacks {len(missing)} of the model's {len(shapes)} tensors", missing),
-            (f"has {len(extra)} tensors that the model does not have", extra),
-            (f"has {len(misshapen)} tensors of another shape", misshapen),
-            (f"has {len(odd)} tensors of a precision that is not among {', '.join(_BYTES)}", odd),
+            (f"tensors missing ({len(missing)} of the model's {len(shapes)})", missing),
+            (f"tensors extra ({len(extra)})", extra),
+            (f"tensors misshapen ({len(misshapen)})", misshapen),
+            (f"tensors of a precision not among {', '.join(_BYTES)} ({len(odd)})", odd),
         )
         if those
     ]

@@ -166,7 +166,7 @@ class _Backward:
             of_value[keys] += parts[2]
 
 
-class _Gathered(torch.autograd.Function):  # type: ignore[misc]
+class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -218,7 +218,7 @@ def _scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
     return local
 
 
-class _Ring(torch.autograd.Function):  # type: ignore[misc]
+class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

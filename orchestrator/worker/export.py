@@ -35,7 +35,7 @@ def export(run: RunFolder, step: int, folder: Path) -> None:
         checkpoint = _on_disk(run, manifest, stack)
         read = READERS[manifest.engine](checkpoint, manifest.model)
         for file in write(folder, manifest.model, read, dtype, job.train.sequence_length):
-            print(f"wrote {file.name}, {file.stat().st_size / 1e6:,.1f} MB", file=sys.stderr, flush=True)
+            print(f"wrote {file.name}, {file.stat().st_size:,} bytes", file=sys.stderr, flush=True)
 
 
 def _on_disk(run: RunFolder, manifest: CheckpointManifest, stack: ExitStack) -> Path:

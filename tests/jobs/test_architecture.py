@@ -107,6 +107,7 @@ def architectures(draw: st.DrawFn) -> ModelArchitecture:
         return draw(st.integers(low, high))
 
     kv_heads, experts, latent = number(high=4), draw(st.sampled_from([0, 0, 3, 8])), draw(st.booleans())
+    shared = number(0) if experts else 0
     return ModelArchitecture(
         name="drawn",
         layers=number(high=5),
@@ -122,8 +123,8 @@ def architectures(draw: st.DrawFn) -> ModelArchitecture:
         experts=experts,
         top_k=min(experts, 2),
         expert_ffn=number() if experts else 0,
-        shared_expert_ffn=number(0) if experts else 0,
-        shared_expert_gate=bool(experts) and draw(st.booleans()),
+        shared_expert_ffn=shared,
+        shared_expert_gate=bool(shared) and draw(st.booleans()),
         first_dense_layers=number(0, 6),
         **(
             {"kv_lora_rank": number(), "q_lora_rank": number(0), "rope_head_dim": number(), "value_head_dim": number()}
@@ -155,4 +156,10 @@ def test_flops_of_llama3_8b_at_8k() -> None:
 def test_latent_attention_needs_its_widths() -> None:
     fields = load("deepseek_v3").model_dump() | {"rope_head_dim": 0}
     with pytest.raises(ValidationError, match="kv_lora_rank=512 needs rope_head_dim and value_head_dim above 0"):
+        ModelArchitecture(**fields)
+
+
+def test_a_gate_needs_the_shared_experts_that_it_gates() -> None:
+    fields = load("qwen2_57b_a14b").model_dump() | {"shared_expert_ffn": 0}
+    with pytest.raises(ValidationError, match="shared_expert_gate=True needs shared_expert_ffn above 0"):
         ModelArchitecture(**fields)

@@ -68,6 +68,7 @@ def test_only_a_rank_s_block_is_read(folder: Path) -> None:
 def test_weights_are_rounded_once_to_the_precision_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
     (file, config) = write(tmp_path, MODEL, WEIGHTS.__getitem__, dtype, 16)
     assert (file.name, config.name) == ("model.safetensors", "config.json")
+    assert file.stat().st_mode == config.stat().st_mode
     assert torch.equal(load_file(file)["lm_head.weight"], WEIGHTS["head.weight"].to(dtype))
     assert json.loads(config.read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
     entries = check(str(tmp_path), MODEL)
@@ -85,10 +86,10 @@ def test_tensors_missing_extra_misshapen_and_quantised_are_all_named(folder: Pat
     save_file(held, file(folder, 1))
     count = len(tensors(MODEL))
     assert refusals(folder) == [
-        f"init_from={folder}: lacks 1 of the model's {count} tensors: {gone}",
-        f"init_from={folder}: has 1 tensors that the model does not have: model.layers.9.surplus",
-        f"init_from={folder}: has 1 tensors of another shape: {bent} [64, 31] for [64, 32]",
-        f"init_from={folder}: has 1 tensors of a precision that is not among F64, F32, F16, BF16: {quantised} I8",
+        f"init_from={folder}: tensors missing (1 of the model's {count}): {gone}",
+        f"init_from={folder}: tensors extra (1): model.layers.9.surplus",
+        f"init_from={folder}: tensors misshapen (1): {bent} [64, 31] for [64, 32]",
+        f"init_from={folder}: tensors of a precision not among F64, F32, F16, BF16 (1): {quantised} I8",
     ]
 
 

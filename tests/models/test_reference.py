@@ -71,7 +71,7 @@ def routed(model: ModelArchitecture, hidden: Tensor, groups: Tensor | None = Non
     router = Router(model)
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(3))
     routing = router(hidden, groups)
-    return router, routing.experts, routing.weights
+    return router, routing.experts, routing.weights.detach()
 
 
 HIDDEN = torch.randn(3, 8, MOE.hidden, generator=torch.Generator().manual_seed(4))
@@ -92,7 +92,7 @@ def test_the_balancing_loss_and_the_z_loss() -> None:
                 share[expert] += float(expert in experts[row, at]) / (HIDDEN.shape[1] * model.top_k)
         balance += model.experts * sum(f * p for f, p in zip(share, mean, strict=True)) / len(HIDDEN)
     expected = 0.3 * balance + 0.07 * square / tokens
-    assert float(router(HIDDEN, None).auxiliary) == pytest.approx(expected, rel=1e-5)
+    assert router(HIDDEN, None).auxiliary.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["all tokens", "two groups"])

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
         (["plan", "deepseek_v3"], "model.kv_lora_rank", 0),
         (["run", "quickstart", "train.steps=0"], "train.steps", 1),
         (["run", "quickstart", "data.files=/nowhere/*.txt"], "data.files", None),
+        (["run", "quickstart", "data=indexed", "data.indexed=/nowhere/set"], "data.indexed", None),
         (["run", "quickstart", "data.tokenizer=/nowhere/bpe.json"], "data.tokenizer", "bytes"),
         (["run", "quickstart", "model.vocab=200"], "model.vocab", 257),
         (["run", "quickstart", "cluster.nodes=2", "layout.dp=2"], "cluster.nodes", 1),

@@ -59,6 +59,7 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> DeepSpeedEngine
     Once a process: DeepSpeed's groups are global.
     """
     os.environ["LOCAL_RANK"] = str(device.index or 0)
+    deepspeed.init_distributed(dist_init_required=False)
     return DeepSpeedEngine(job, layout, device)
 
 
@@ -100,10 +101,10 @@ class DeepSpeedEngine:
     def train_step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
         self._reseed(step)
         self._engine.train()
-        counted = self._counted(batches)
+        parts, counted = self._put(batches)
         # DeepSpeed averages gradients over DP: a sum of losses times this becomes the mean over the global batch.
         scale = (dist.get_world_size(self._mesh.data) / counted).float()
-        total = self._forward_backward([MicroBatch.of(batch, self._mesh, self._device) for batch in batches], scale)
+        total = self._forward_backward(parts, scale)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         grad_norm = self._step()
@@ -113,9 +114,9 @@ class DeepSpeedEngine:
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         self._engine.eval()
-        counted = self._counted(batches)
+        parts, counted = self._put(batches)
         with torch.no_grad():
-            total = self._forward([MicroBatch.of(batch, self._mesh, self._device) for batch in batches])
+            total = self._forward(parts)
         dist.all_reduce(total, group=self._mesh.losses)
         return (total / counted).item()
 
@@ -306,12 +307,12 @@ class DeepSpeedEngine:
             dist.all_reduce(router.load, group=self._mesh.data)
             router.update_bias()
 
-    def _counted(self, batches: Sequence[Batch]) -> Tensor:
-        """Labels that count over all ranks' batches, float64 []."""
-        mine = sum(float(batch.loss_mask.sum()) for batch in batches)
-        counted = torch.tensor(mine, dtype=torch.float64, device=self._device)
+    def _put(self, batches: Sequence[Batch]) -> tuple[list[MicroBatch], Tensor]:
+        """This rank's part of `batches`, and how many labels count over all ranks', float64 []."""
+        parts = [MicroBatch.of(batch, self._mesh, self._device) for batch in batches]
+        counted = torch.stack([part.mask.sum() for part in parts]).sum().double()
         dist.all_reduce(counted, group=self._mesh.data)
-        return counted
+        return parts, counted
 
     def _reseed(self, step: int) -> None:
         seed = int(np.random.SeedSequence((self._train.seed, step)).generate_state(1)[0])

@@ -51,6 +51,11 @@ def test_steps_are_aligned_under_their_header(shown: io.StringIO) -> None:
     ]
 
 
+def test_weights_that_were_read_are_told_of(shown: io.StringIO) -> None:
+    Display(shown)(training_started(init_from="/weights/mixtral"))
+    assert shown.getvalue() == "        1.23 M parameters, from /weights/mixtral\n"
+
+
 def test_a_recovery_is_told_as_it_happens_and_the_header_repeated(shown: io.StringIO) -> None:
     display = Display(shown)
     display(training_started())

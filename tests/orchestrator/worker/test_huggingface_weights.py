@@ -10,13 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from families import FAMILIES, random_weights
-from safetensors.torch import load_file
+from runs import make_checkpoint, make_run
 
 from jobs.spec import CheckpointSpec, ClusterSpec, DataSpec, JobSpec, LayoutSpec, PolicySpec, TrainSpec
 from jobs.tensors import tensors
 from models.huggingface import source, write
-from orchestrator.worker.checkpoint_weights import read_deepspeed, read_megatron
+from models.weights import whole
+from orchestrator.manifests import FileEntry, folder_name
+from orchestrator.worker.checkpoint_weights import read_megatron
 from orchestrator.worker.engines.megatron import build
+from orchestrator.worker.export import export
 from orchestrator.worker.ranks import Ranks
 from parallel.layout import Layout
 
@@ -82,22 +85,22 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_fp32_checkpoints_of_whole_tensors_are_rounded_once(tmp_path: Path) -> None:
-    """As the deepspeed engine writes them."""
-    model = FAMILIES["mixtral"]
-    weights = random_weights(model)
-    saved = {
-        f"{kept}.{name}": tensor + (kept != "weight")
-        for kept in ("weight", "first")
-        for name, tensor in weights.items()
-    }
-    torch_checkpoint.save(saved, checkpoint_id=tmp_path / "saved", no_dist=True)
-    (file, _) = write(_made(tmp_path / "out"), model, read_deepspeed(tmp_path / "saved", model), torch.bfloat16, 16)
-    expected = {name: weights[name].bfloat16() for name in weights}
-    assert torch.equal(load_file(file)["model.norm.weight"], expected["norm.weight"])
-    assert torch.equal(load_file(file)["lm_head.weight"], expected["head.weight"])
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_fp32_weights_are_rounded_once_wherever_the_checkpoint_lies(root: str, tmp_path: Path) -> None:
+    """A checkpoint as the deepspeed engine writes it, on a disk and at an object store."""
+    spec = job("mixtral", "bf16")
+    weights = random_weights(spec.model)
+    kinds = {"weight": 0, "first_moment": 1}
+    tensors_of = {f"{kind}.{name}": tensor + add for kind, add in kinds.items() for name, tensor in weights.items()}
+    torch_checkpoint.save(tensors_of, checkpoint_id=tmp_path / "saved", no_dist=True)
+    run = make_run(f"{root}/tuned-1", spec)
+    files = []
+    for path in (tmp_path / "saved").iterdir():
+        run.write(f"{folder_name(1)}/{path.name}", path.read_bytes())
+        files.append(FileEntry(name=path.name, size_bytes=path.stat().st_size, sha256=""))
+    make_checkpoint(run, 1, spec, engine="deepspeed", files=tuple(files))
+    (tmp_path / "out").mkdir()
+    export(run, 1, tmp_path / "out")
+    found = source(str(tmp_path / "out"), spec.model)
+    for name, tensor in weights.items():
+        assert torch.equal(found(whole(name, tensor)), tensor.bfloat16()), name

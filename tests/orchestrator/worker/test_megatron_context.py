@@ -45,12 +45,12 @@ MODELS = {
 }
 
 
-def job(model: str, layout: Layout, way: str = "gather") -> JobSpec:
+def job(model: str, layout: Layout, way: str = "gather", *, packed: bool = False) -> JobSpec:
     degrees = {axis: degree for axis, degree in asdict(layout).items() if axis != "sp"}
     return JobSpec(
         name=model,
         model=MODELS[model],
-        data=DataSpec(files=("unused",)),
+        data=DataSpec(files=("unused",), packing=packed),
         cluster=ClusterSpec(name="test", device="cpu", hardware="laptop", devices_per_node=8),
         layout=LayoutSpec(context_attention=way, micro_batch=2, **degrees),
         train=TrainSpec(
@@ -70,7 +70,7 @@ def job(model: str, layout: Layout, way: str = "gather") -> JobSpec:
 
 @cache
 def account(model: str, packed: bool) -> Account:
-    return oracle(job(model, Layout()), packed=packed)
+    return oracle(job(model, Layout(), packed=packed))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,9 @@ def account(model: str, packed: bool) -> Account:
     ids=lambda value: getattr(value, "label", str(value)),
 )
 def test_training_is_that_of_the_oracle(ranks: Ranks, model: str, layout: Layout, way: str, packed: bool) -> None:
-    verdict = compare(train(ranks, Trial(job(model, layout, way), packed)), account(model, packed), MODELS[model])
+    verdict = compare(
+        train(ranks, Trial(job(model, layout, way, packed=packed))), account(model, packed), MODELS[model]
+    )
     assert verdict.exact, str(verdict)
 
 
@@ -109,15 +111,15 @@ class Leg:
 
     def __call__(self, rank: int) -> tuple[Trained, list[float]]:
         """What was trained, and the loss of a validation before and after."""
-        spec = job("qwen", self.layout)
+        spec = job("qwen", self.layout, packed=True)
         engine = build(spec, self.layout, torch.device("cpu"))
         if self.load:
             engine.load(self.load)
         place = self.layout.coordinates(rank)["dp"], self.layout.dp, 2
-        held_out = micro_batches(global_batch(spec, 0, packed=True), *place)
+        held_out = micro_batches(global_batch(spec, 0), *place)
         losses, validations = [], [engine.evaluate(held_out)]
         for step in self.steps:
-            mine = micro_batches(global_batch(spec, step, packed=True), *place)
+            mine = micro_batches(global_batch(spec, step), *place)
             losses.append(engine.train_step(step, learning_rate(spec.train, step), mine))
         engine.save(self.save)
         validations.append(engine.evaluate(held_out))
