@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jobs.spec import JobSpec
 from parallel.layout import Layout
-from parallel.rules import DEEPSPEED, JobRule, Reason, Rule, when
+from parallel.rules import DEEPSPEED, JobRule, Rule, when
 
 
 def _optimizer_state_stays(job: JobSpec) -> str | None:
@@ -35,6 +35,15 @@ JOB_RULES = (
         nearest="alltoall",
     ),
     JobRule(
+        "layout.context_attention",
+        DEEPSPEED,
+        when(
+            lambda job: job.layout.context_attention in ("gather", "ring"),
+            "the deepspeed engine exchanges heads over cp, not keys and values",
+        ),
+        nearest="ulysses",
+    ),
+    JobRule(
         "layout.recompute",
         DEEPSPEED,
         when(lambda job: job.layout.recompute == "selective", "the deepspeed engine recomputes whole layers, or none"),
@@ -61,12 +70,34 @@ JOB_RULES = (
 )
 
 
-def _above_one(axis: str, why: str) -> Reason:
-    def reason(layout: Layout, job: JobSpec) -> str | None:
-        degree = layout.degree(axis)
-        return None if degree == 1 else f"{axis}={degree}: {why}"
+def _ulysses_heads(layout: Layout, job: JobSpec) -> str | None:
+    parts, heads = layout.tp * layout.cp, job.model.kv_heads
+    if layout.cp == 1 or heads % parts == 0:
+        return None
+    whole = f"cp={layout.cp}" if layout.tp == 1 else f"tp*cp={layout.tp}*{layout.cp}={parts}"
+    return f"{whole} does not divide kv_heads={heads}, which Ulysses gives out over cp"
 
-    return reason
+
+def _sequence(layout: Layout, job: JobSpec) -> str | None:
+    length = job.train.sequence_length
+    return None if length % layout.cp == 0 else f"cp={layout.cp} does not divide sequence_length={length}"
+
+
+def _pipeline_under_zero(layout: Layout, job: JobSpec) -> str | None:
+    stage = job.layout.zero_stage
+    if layout.pp == 1 or stage < 2:
+        return None
+    return f"pp={layout.pp}: DeepSpeed's pipeline keeps gradients and weights whole; zero_stage={stage}, at most 1"
+
+
+def _no_virtual_stages(layout: Layout, job: JobSpec) -> str | None:
+    return None if layout.vpp == 1 else f"vpp={layout.vpp}: DeepSpeed's pipeline has no virtual stages"
+
+
+def _experts_follow_tensors(layout: Layout, job: JobSpec) -> str | None:
+    if not job.model.is_moe or layout.etp == layout.tp:
+        return None
+    return f"etp={layout.etp}: the deepspeed engine divides experts' widths over tp={layout.tp} as all others"
 
 
 def _experts_under_zero_3(layout: Layout, job: JobSpec) -> str | None:
@@ -76,28 +107,13 @@ def _experts_under_zero_3(layout: Layout, job: JobSpec) -> str | None:
 
 
 ATTENTION_RULES = (
-    Rule(
-        "tensor parallelism",
-        "tp",
-        DEEPSPEED,
-        _above_one("tp", "tensor parallelism is not available in the deepspeed engine yet"),
-    ),
-    Rule(
-        "context parallelism",
-        "cp",
-        DEEPSPEED,
-        _above_one("cp", "context parallelism is not available in the deepspeed engine yet"),
-    ),
-    Rule("pipeline", "pp", DEEPSPEED, _above_one("pp", "the pipeline is not available in the deepspeed engine yet")),
-    Rule("virtual stages", "vpp", DEEPSPEED, _above_one("vpp", "DeepSpeed's pipeline has no virtual stages")),
+    Rule("virtual stages", "vpp", DEEPSPEED, _no_virtual_stages),
+    Rule("pipeline under ZeRO", "pp", DEEPSPEED, _pipeline_under_zero),
+    Rule("kv_heads", "cp", DEEPSPEED, _ulysses_heads),
+    Rule("sequence_length", "cp", DEEPSPEED, _sequence),
 )
 
 EXPERT_RULES = (
-    Rule(
-        "expert tensor parallelism",
-        "etp",
-        DEEPSPEED,
-        _above_one("etp", "the deepspeed engine shards experts over ep, never within one"),
-    ),
+    Rule("expert tensor parallelism", "etp", DEEPSPEED, _experts_follow_tensors),
     Rule("experts under ZeRO-3", "ep", DEEPSPEED, _experts_under_zero_3),
 )

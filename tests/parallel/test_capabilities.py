@@ -187,9 +187,20 @@ def test_flex_has_ranks_to_move_tokens_between(make_job: Any) -> None:
 
 
 DEEPSPEED_LAYOUTS = [
-    ({}, {"tp": 2}, "tp=2: tensor parallelism is not available in the deepspeed engine yet"),
-    ({}, {"pp": 2}, "pp=2: the pipeline is not available in the deepspeed engine yet"),
-    ({}, {"dp": 2, "etp": 2}, "etp=2: the deepspeed engine shards experts over ep, never within one"),
+    ({}, {"tp": 2}, "etp=1: the deepspeed engine divides experts' widths over tp=2 as all others"),
+    ({}, {"dp": 2, "etp": 2}, "etp=2: the deepspeed engine divides experts' widths over tp=1 as all others"),
+    ({"zero_stage": 3}, {"tp": 2, "etp": 2}, None),
+    ({}, {"tp": 2, "dp": 2, "pp": 2, "etp": 2, "ep": 2}, None),
+    ({}, {"cp": 4}, "cp=4 does not divide kv_heads=2, which Ulysses gives out over cp"),
+    ({}, {"tp": 2, "cp": 2, "etp": 2}, "tp*cp=2*2=4 does not divide kv_heads=2, which Ulysses gives out over cp"),
+    ({"zero_stage": 3}, {"cp": 2, "dp": 2}, None),
+    (
+        {"zero_stage": 2},
+        {"pp": 2},
+        "pp=2: DeepSpeed's pipeline keeps gradients and weights whole; zero_stage=2, at most 1",
+    ),
+    ({"zero_stage": 1}, {"pp": 2, "cp": 2}, None),
+    ({}, {"pp": 2, "vpp": 2}, "vpp=2: DeepSpeed's pipeline has no virtual stages"),
     (
         {"zero_stage": 3},
         {"dp": 2, "ep": 2},
@@ -208,7 +219,15 @@ def test_layouts_of_the_deepspeed_engine(
     assert (refused and refused[1]) == reason
 
 
+def test_ulysses_divides_sequences(make_job: Any) -> None:
+    for length, reason in ((4095, "cp=2 does not divide sequence_length=4095"), (4094, None)):
+        refused = refusal(RULES, Layout(cp=2), make_job(engine="deepspeed", sequence_length=length))
+        assert (refused and refused[1]) == reason
+
+
 DEEPSPEED_JOBS = [
+    ({"context_attention": "ring"}, "layout.context_attention=ring: the deepspeed engine exchanges heads over cp, not"),
+    ({"context_attention": "ulysses"}, None),
     ({"dispatcher": "allgather"}, "layout.dispatcher=allgather: the deepspeed engine sends tokens to experts by an"),
     ({"recompute": "selective"}, "layout.recompute=selective: the deepspeed engine recomputes whole layers, or none"),
     ({"recompute": "full"}, None),

@@ -28,3 +28,7 @@ def test_ranks_see_equally_many(layout: Layout) -> None:
     _, counts = np.unique(dispatch_groups(layout, 2, 8, 32), return_counts=True)
     assert len(counts) == 4 * layout.tp * layout.cp
     assert set(counts) == {2 * 32 // (layout.tp * layout.cp)}
+
+
+def test_deepspeed_leaves_a_rank_a_run_of_tokens_and_tensor_parallel_ranks_all_of_them() -> None:
+    assert dispatch_groups(Layout(cp=2, tp=2), 1, 1, 8, "deepspeed").tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]

@@ -107,7 +107,8 @@ def dispatch_groups_of(job: JobSpec) -> np.ndarray | None:
         return None
     assert job.layout.micro_batch is not None, "the job is resolved"
     train = job.train
-    return dispatch_groups(Layout.of(job.layout), job.layout.micro_batch, train.global_batch, train.sequence_length)
+    layout = Layout.of(job.layout)
+    return dispatch_groups(layout, job.layout.micro_batch, train.global_batch, train.sequence_length, job.engine)
 
 
 def _begun(job: JobSpec, device: torch.device) -> Decoder:
