@@ -25,6 +25,7 @@ from jobs.spec import JobSpec
 from models.reference import MoE, Router
 from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
+from orchestrator.offload import check_nvme
 from orchestrator.worker.engines.protocol import Batch, StepResult
 from parallel.layout import Layout
 
@@ -58,8 +59,9 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> DeepSpeedEngine
     """Set up this rank's part of `job` at `layout` on `device`.
 
     Wants torch.distributed initialised with layout.world ranks, gloo for a CPU or NCCL with the device set for a GPU.
-    Once a process: DeepSpeed's groups are global.
+    Once a process: DeepSpeed's groups are global. InputError where it is to offload to NVMe and cannot.
     """
+    check_nvme(job.layout)
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     deepspeed.init_distributed(dist_init_required=False)
     return DeepSpeedEngine(job, layout, device)
