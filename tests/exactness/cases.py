@@ -23,10 +23,13 @@ from parallel.layout import Layout, divisors
 
 ENGINES = ("megatron", "deepspeed")
 WORLDS = (1, 2, 4, 8)
+OFTEN = (1, 4, 6, 6)
+"""How often each world is drawn, relative: more can differ in a larger one, and more is refused."""
+
 COST = {1: 1.0, 2: 1.5, 4: 2.5, 8: 4.0}
 """Seconds of a case, by its world, relative: what the subset is chosen by."""
 
-FEWEST_CASES, SUBSET, DRAWN = 128, 30, 16_000
+FEWEST_CASES, SUBSET, DRAWN = 128, 30, 12_000
 TIMES = 2
 """How often each pair of features is covered together, in each engine."""
 
@@ -43,7 +46,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "zero_stage": ({"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 3}),
     "optimizer_replicas": ({"optimizer_replicas": 2},),
     "offload_optimizer": ({"offload_optimizer": "cpu"},),
-    "offload_parameters": ({"offload_parameters": "cpu"},),
+    "offload_parameters": ({"offload_parameters": "cpu", "zero_stage": 3},),
     "drop": ({"drop": "probs"}, {"drop": "position"}),
     "packed": ({"packed": True},),
 }
@@ -61,10 +64,11 @@ class Case:
 
     @property
     def job(self) -> JobSpec:
-        model = VARIANTS[self.variant]
-        if self.drop != "none":
-            model = model.model_copy(update={"capacity_factor": 1.0, "drop_order": self.drop})
-        return job(model, self.engine, self.layout, packing=self.packed)
+        return _job(self.engine, self.variant, self.drop, self.packed).model_copy(update={"layout": self.layout})
+
+    @property
+    def runs(self) -> bool:
+        return why_refused(self.job) is None
 
     @property
     def world(self) -> int:
@@ -96,6 +100,14 @@ class Case:
         if self.packed:
             found.add("packed")
         return frozenset(found)
+
+
+@cache
+def _job(engine: str, variant: str, drop: str, packed: bool) -> JobSpec:
+    model = VARIANTS[variant]
+    if drop != "none":
+        model = model.model_copy(update={"capacity_factor": 1.0, "drop_order": drop})
+    return job(model, engine, LayoutSpec(), packing=packed)
 
 
 @cache
@@ -142,13 +154,32 @@ def micro_batch_choices(mesh: dict[str, int]) -> tuple[int, ...]:
     return tuple(size for size in (1, 2) if share % size == 0)
 
 
+@cache
+def viable(engine: str, variant: str) -> tuple[tuple[dict[str, Any], ...], ...]:
+    """OPTIONS without the choices that are refused at every mesh, which would only be drawn in vain."""
+    found = []
+    for choices in OPTIONS.values():
+        run = (each for each in choices if any(candidate.runs for candidate in alone(engine, variant, each)))
+        found.append(tuple(run))
+    return tuple(choices for choices in found if choices)
+
+
+def alone(engine: str, variant: str, chosen: dict[str, Any]) -> Iterator[Case]:
+    """Every case of a model with these options and no other."""
+    for mesh in itertools.chain.from_iterable(map(degrees, WORLDS)):
+        if asked(variant, mesh, chosen):
+            for micro_batch in micro_batch_choices(mesh):
+                yield case(engine, variant, mesh, micro_batch, chosen)
+
+
 def drawn(random_numbers: random.Random, number: int) -> Iterator[Case]:
-    """Cases that mean something, accepted or not: worlds, engines and models alike, an option one time in three."""
+    """Cases that mean something, accepted or not: engines and models alike, an option one time in three."""
     for _ in range(number):
         engine, variant = random_numbers.choice(ENGINES), random_numbers.choice(list(VARIANTS))
-        mesh = random_numbers.choice(degrees(random_numbers.choice(WORLDS)))
+        world = random_numbers.choices(WORLDS, OFTEN)[0]
+        mesh = random_numbers.choice(degrees(world))
         chosen: dict[str, Any] = {}
-        for choices in OPTIONS.values():
+        for choices in viable(engine, variant):
             if random_numbers.random() < 1 / 3:
                 chosen |= random_numbers.choice(choices)
         if asked(variant, mesh, chosen):
@@ -199,7 +230,7 @@ def accepted(seed: int) -> tuple[Case, ...]:
     """All of DRAWN draws from `seed` that the table accepts, each once."""
     found: dict[str, Case] = {}
     for each in drawn(random.Random(seed), DRAWN):
-        if why_refused(each.job) is None:
+        if each.runs:
             found.setdefault(each.name, each)
     return tuple(found.values())
 
@@ -216,26 +247,21 @@ def subset() -> tuple[Case, ...]:
     return tuple(cover(list(matrix()), SUBSET, 1, COST))
 
 
-def refusals(pair: Pair) -> list[str]:
+def refusals(pair: Pair) -> list[str] | None:
     """Why no case has a pair of features together: the reasons that all cases with these two alone are refused for.
 
-    Empty where a case is accepted, and where the two exclude each other by what they mean.
+    Empty where the two exclude each other by what they mean; None where a case is accepted.
     """
     engine, *features = pair
     options = {name: each for choices in OPTIONS.values() for each in choices for name in _named(each)}
     wanted = [options[feature] for feature in features if feature in options]
     chosen = {name: value for option in wanted for name, value in option.items()}
     reasons: Counter[str] = Counter()
-    for variant, mesh in itertools.product(VARIANTS, itertools.chain.from_iterable(map(degrees, WORLDS))):
-        if not asked(variant, mesh, chosen):
-            continue
-        for micro_batch in micro_batch_choices(mesh):
-            candidate = case(engine, variant, mesh, micro_batch, chosen)
-            if not set(features) <= candidate.features | {variant, f"world {candidate.world}"}:
-                continue
+    for candidate in itertools.chain.from_iterable(alone(engine, variant, chosen) for variant in VARIANTS):
+        if set(features) <= candidate.features | {candidate.variant, f"world {candidate.world}"}:
             why = why_refused(candidate.job)
             if why is None:
-                return []
+                return None
             reasons[why] += 1
     return [reason for reason, _ in reasons.most_common()]
 
@@ -248,5 +274,5 @@ def _named(option: dict[str, Any]) -> frozenset[str]:
 
 def features() -> list[str]:
     """All of them: axes, options, models, worlds."""
-    options = (name for choices in OPTIONS.values() for each in choices for name in _named(each))
-    return [*DEGREES, *options, *VARIANTS, *(f"world {world}" for world in WORLDS)]
+    options = {name for choices in OPTIONS.values() for each in choices for name in _named(each)}
+    return [*DEGREES, *sorted(options), *VARIANTS, *(f"world {world}" for world in WORLDS)]

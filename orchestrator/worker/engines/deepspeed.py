@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -47,6 +48,7 @@ from orchestrator.worker.engines.deepspeed_state import State
 # It would run compilers and query GPUs to know what it could compile, and on a CPU then compile an all-reduce.
 deepspeed.ops.__compatible_ops__ = {}
 logger.setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated")
 
 _BUCKET = 50_000_000
 """Elements that are reduced or gathered at once, at most."""
