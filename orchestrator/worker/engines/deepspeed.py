@@ -314,7 +314,7 @@ class DeepSpeedEngine:
     def _put(self, batches: Sequence[Batch]) -> tuple[list[MicroBatch], Tensor]:
         """This rank's part of `batches`, and how many labels count over all ranks', float64 []."""
         parts = [MicroBatch.of(batch, self._mesh, self._device) for batch in batches]
-        counted = torch.stack([part.mask.sum() for part in parts]).sum().double()
+        counted = torch.stack([part.mask.sum(dtype=torch.float64) for part in parts]).sum()
         dist.all_reduce(counted, group=self._mesh.data)
         return parts, counted
 
