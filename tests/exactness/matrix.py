@@ -17,7 +17,6 @@ from orchestrator.worker.exactness.trial import Trial, train
 from orchestrator.worker.exactness.verdict import FP32, Bars, Verdict, compare
 from orchestrator.worker.ranks import Ranks
 
-
 SECONDS = 300
 """Longest wait for a case, or for an oracle: a rank that waits for another in vain never ends by itself."""
 
