@@ -1,10 +1,11 @@
 SHELL := bash
 PYTHON ?= python3
 VENV := .venv
+SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-random lint wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
@@ -16,6 +17,14 @@ test: lint
 # Longer suites, run before a release.
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
+
+# Every kind of layout against the oracle, on two cores in under 40 minutes; the results are kept.
+exact: $(VENV)/.ready
+	$(BIN)/python tests/exactness/run.py --json docs/exactness/cpu-fp32.json
+
+# Each night: other layouts, drawn from a seed that is printed first.
+exact-random: $(VENV)/.ready
+	$(BIN)/python tests/exactness/run.py --seed $(SEED)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

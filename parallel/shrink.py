@@ -150,9 +150,9 @@ def _batch(job: JobSpec, layout: Layout) -> tuple[TrainSpec, int]:
         "sequence_length": _multiple(train.sequence_length, 16, plane, (2 * plane[0], 2 * plane[1])),
         "global_batch": layout.dp * micro_batch * count,
         "precision": "fp32",
-        # Weights move by half of what they began with, and no step far enough for rounding to grow into chaos.
-        "learning_rate": 5e-3,
-        "min_learning_rate": 5e-4,
+        # Moves weights by a third of what they began with, and no step by so much that rounding grows into chaos.
+        "learning_rate": 3e-3,
+        "min_learning_rate": 3e-4,
         "warmup_steps": 3,
         "adam_epsilon": 1e-6,  # above the rounding of gradients, whose sign an update would otherwise be
         "eval_batches": 0,

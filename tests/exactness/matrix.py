@@ -17,6 +17,9 @@ from orchestrator.worker.exactness.trial import Trial, train
 from orchestrator.worker.exactness.verdict import FP32, Bars, Verdict, compare
 from orchestrator.worker.ranks import Ranks
 
+SECONDS = 300
+"""Longest wait for a case, or for an oracle: a rank that waits for another in vain never ends by itself."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -76,7 +79,7 @@ class Matrix:
             seed = job.train.seed
             train_spec = job.train.model_copy(update={"precision": self._precision})
             job = job.model_copy(update={"train": train_spec, "layout": case.layout, "engine": case.engine})
-            trained = train(self._ranks, Trial(job))
+            trained = train(self._ranks, Trial(job), seconds=SECONDS)
             verdict, error = compare(trained, account, job.model, self._bars), ""
         except (RuntimeError, TimeoutError, ValueError) as failure:
             verdict, error = None, str(failure)
@@ -96,7 +99,7 @@ class Matrix:
                 known = self._oracles[key] = Future()
         if mine:
             try:
-                known.set_result(self._ranks.run(1, settled, job, seconds=120)[0])
+                known.set_result(self._ranks.run(1, settled, job, seconds=SECONDS)[0])
             except BaseException as failure:
                 known.set_exception(failure)
         return known.result()

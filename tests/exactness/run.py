@@ -25,10 +25,10 @@ from orchestrator.worker.ranks import Ranks
 
 def main() -> int:
     options = _options()
-    seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
+    seed = options.seed
     chosen = [case for case in (subset() if options.subset else matrix(seed)) if case.world <= options.largest_world]
     chosen = [case for case in chosen if all(word in case.name.split() for word in options.only)]
-    print(f"{len(chosen)} cases of seed {seed}; again with: SEED={seed}")
+    print(f"{len(chosen)} cases of seed {seed}: `make exact-random SEED={seed}` draws them again", flush=True)
     bars = BF16 if options.precision == "bf16" else FP32
     runner = Matrix(
         Ranks(options.device),
@@ -70,7 +70,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of layouts; -1: a new one")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the draw of layouts, or `new`")
     parser.add_argument("--subset", action="store_true", help="the cases of `make test`")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -78,10 +78,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--side-by-side", type=int, default=2, metavar="CASES")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="cases whose name has all these words")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
-    if options.seed == -1:
-        options.seed = None
-    return options
+    return parser.parse_args()
+
+
+def _seed(text: str) -> int:
+    return random.SystemRandom().randrange(1_000_000) if text == "new" else int(text)
 
 
 if __name__ == "__main__":

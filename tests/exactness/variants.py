@@ -54,9 +54,9 @@ TRAIN = TrainSpec(
     sequence_length=SEQUENCE,
     global_batch=GLOBAL_BATCH,
     precision="fp32",
-    # Moves weights by half of what they began with, and by little enough a step that rounding does not grow into chaos.
-    learning_rate=5e-3,
-    min_learning_rate=5e-4,
+    # Moves weights by a third of what they began with, and no step by so much that rounding grows into chaos.
+    learning_rate=3e-3,
+    min_learning_rate=3e-4,
     warmup_steps=3,
     weight_decay=0.1,
     clip_grad_norm=0.5,
