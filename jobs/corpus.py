@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from jobs import indexed
 from jobs.errors import CombinedInputError, InputError, closest
 from jobs.spec import DataSpec, TrainSpec
 
@@ -65,6 +64,8 @@ def check(data: DataSpec, train: TrainSpec) -> None:
     `jobs.indexed`.
     """
     if data.indexed is not None:
+        from jobs import indexed  # with numpy, which planning does without
+
         indexed.check(data, train)
         return
     for pattern, files in zip(data.files or (), _matches(data), strict=True):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError
-from jobs.spec import LayoutSpec
+from jobs.spec import JobSpec, LayoutSpec
 from orchestrator.messages import StepReport
 from orchestrator.run_folder import RunFolder
 
@@ -79,9 +79,12 @@ def read(run: RunFolder, step: int) -> CheckpointManifest:
         raise InputError(run.path(name), None, f"is not a manifest: {error.errors()[0]['msg']}") from None
 
 
-def check_model(manifest: CheckpointManifest, model: ModelArchitecture, place: str) -> None:
-    """Refuse a checkpoint of another model, naming every field that differs. The name itself may differ."""
-    theirs, ours = manifest.model.model_dump(), model.model_dump()
+def check_job(manifest: CheckpointManifest, job: JobSpec, place: str) -> None:
+    """Refuse a checkpoint of another engine, or of another model: then naming every field that differs but the name."""
+    if manifest.engine != job.engine:
+        rule = f"is a checkpoint of the {manifest.engine} engine, which the {job.engine} engine does not read"
+        raise InputError(f"{place}/{folder_name(manifest.step)}", None, rule)
+    theirs, ours = manifest.model.model_dump(), job.model.model_dump()
     differing = [key for key in ours if key != "name" and theirs[key] != ours[key]]
     if differing:
         detail = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in differing)

@@ -136,21 +136,51 @@ def estimate_memory(job: JobSpec, layout: Layout, micro_batch: int) -> MemoryEst
     estimates = []
     for index, stage in enumerate(stages(model, layout)):
         parameters = stage.dense_parameters + stage.expert_parameters
-        optimizer = stage.dense_parameters / (layout.dp * layout.cp) + stage.expert_parameters / layout.edp
+        shard = stage.dense_parameters / (layout.dp * layout.cp) + stage.expert_parameters / layout.edp
+        shard = min(parameters, shard * job.layout.optimizer_replicas)
+        held = _held(job, parameters, shard)
         layers = stage.dense_layers * kept_dense + stage.moe_layers * kept_moe
         # Logits in the model's precision with their gradient, and the fp32 softmax that the loss keeps.
         logits = tokens * model.vocab // layout.tp * (2 * element + 4) if stage.is_last else 0
         allocated = {
-            "weights": parameters * element,
-            "gradients": parameters * 4,
-            "optimizer": round(optimizer * optimizer_bytes),
+            "weights": round(held["weights"] * element),
+            "gradients": round(held["gradients"] * 4),
+            "optimizer": round(held["optimizer"] * optimizer_bytes),
             "activations": round(_in_flight(layout, index, micro_batches) * layers),
             "logits": logits,
-            "workspace": workspace,
+            "workspace": workspace + _gathered(job, layout) * element,
         }
         slack = round(ALLOCATOR_SLACK * sum(allocated.values()))
         estimates.append(MemoryEstimate(**allocated, overhead=device.reserved_bytes + slack))
     return max(estimates, key=lambda estimate: estimate.total)
+
+
+def _held(job: JobSpec, parameters: float, shard: float) -> dict[str, float]:
+    """Elements of weights, gradients and optimizer state on the device, of which ZeRO shards the last one to three."""
+    options = job.layout
+    held = {
+        "weights": parameters if options.zero_stage < 3 else shard,
+        "gradients": parameters if options.zero_stage < 2 else shard,
+        "optimizer": parameters if options.zero_stage < 1 else shard,
+    }
+    if job.cluster.device == "cuda":  # a CPU's memory is its device's
+        if options.offload_optimizer != "none":
+            held["optimizer"] = 0
+        if options.offload_parameters != "none":
+            held["weights"] = 0
+    return held
+
+
+def _gathered(job: JobSpec, layout: Layout) -> int:
+    """Elements that ZeRO-3 makes whole at once: a layer's, and by prefetching those of the next."""
+    if job.layout.zero_stage < 3:
+        return 0
+    model = job.model
+    experts = model.experts // layout.ep * model.expert_parameters // layout.etp if model.moe_layers else 0
+    shared = model.router_parameters + model.shared_expert_parameters if model.moe_layers else 0
+    dense = model.ffn_parameters if model.dense_layers else 0
+    layer = (model.attention_parameters + max(dense, shared)) // layout.tp + experts
+    return 2 * max(layer, model.embedding_parameters // layout.tp)
 
 
 def _in_flight(layout: Layout, stage: int, micro_batches: int) -> float:

@@ -16,6 +16,9 @@ from parallel.hardware import GIB, hardware
 from parallel.layout import ATTENTION_AXES, Layout, divisors
 from parallel.memory import MemoryEstimate, estimate_memory
 
+FEWEST_CONTEXT_TOKENS = 4096
+"""Of a sequence that a rank is given where cp is not fixed: with fewer, exchanging keys costs more than it divides."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -141,6 +144,9 @@ class _Search:
             return
         world = product if len(given) == len(ATTENTION_AXES) else devices
         choices = {axis: (given[axis],) if axis in given else divisors(world) for axis in ATTENTION_AXES}
+        if "cp" not in given:
+            longest = max(1, self.job.train.sequence_length // FEWEST_CONTEXT_TOKENS)
+            choices["cp"] = tuple(degree for degree in choices["cp"] if degree <= longest)
         for tp, cp, pp in itertools.product(choices["tp"], choices["cp"], choices["pp"]):
             dp, rest = divmod(world, tp * cp * pp)
             if rest or dp not in choices["dp"]:

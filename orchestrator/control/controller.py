@@ -151,7 +151,7 @@ class Controller:
         job, record = self._job, self._record
         steps = manifests.steps(record.run)
         for step in steps:
-            manifests.check_model(manifests.read(record.run, step), job.model, record.run.place)
+            manifests.check_job(manifests.read(record.run, step), job, record.run.place)
         per_node = job.cluster.devices_per_node
         ranks = range(self._layout.world)
         record.begin_attempt({rank: self._machines.nodes[rank // per_node] for rank in ranks})

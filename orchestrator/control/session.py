@@ -119,7 +119,7 @@ def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
         rule = f"all {newest} steps of {run.run_id} are trained"
         raise InputError("train.steps", steps, rule, f"train.steps={2 * newest}")
     if newest:  # older ones may go while ranks of a dead controller are still saving
-        manifests.check_model(manifests.read(run, newest), job.model, run.place)
+        manifests.check_job(manifests.read(run, newest), job, run.place)
     return job
 
 

@@ -30,6 +30,18 @@ ROOT = Path(__file__).parents[2]
         (["plan", "quickstart", "cluster=laptpo"], "cluster", "laptop"),
         (["plan", "quickstart", "engine=deepspeed", "layout.recompute=selective"], "layout.recompute", "full"),
         (["plan", "deepseek_v3"], "model.kv_lora_rank", 0),
+        (
+            [
+                "run",
+                "quickstart",
+                "engine=deepspeed",
+                "layout.zero_stage=3",
+                "layout.offload_optimizer=nvme",
+                "layout.nvme_folder=/tmp",
+            ],
+            "layout.offload_optimizer",
+            "cpu",
+        ),
         (["run", "quickstart", "train.steps=0"], "train.steps", 1),
         (["run", "quickstart", "data.files=/nowhere/*.txt"], "data.files", None),
         (["run", "quickstart", "data=indexed", "data.indexed=/nowhere/set"], "data.indexed", None),

@@ -83,9 +83,9 @@ def test_a_manifest_cut_short_is_no_json(run: RunFolder) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused_with_every_difference(run: RunFolder) -> None:
     manifest = make_checkpoint(run, 20)
-    manifests.check_model(manifest, job("model.name=renamed").model, run.place)
+    manifests.check_job(manifest, job("model.name=renamed"), run.place)
     with pytest.raises(InputError) as caught:
-        manifests.check_model(manifest, job("model.layers=8", "model.experts=8").model, run.place)
+        manifests.check_job(manifest, job("model.layers=8", "model.experts=8"), run.place)
     assert caught.value.path == f"{run.place}/checkpoints/step-00000020"
     assert caught.value.rule == "is a checkpoint of another model: layers 4 there, 8 here, experts 4 there, 8 here"
 
@@ -96,9 +96,16 @@ def test_every_field_of_a_model_but_its_name_is_compared(run: RunFolder) -> None
         if field == "name":
             continue
         changed: Any = not value if isinstance(value, bool) else "sigmoid" if isinstance(value, str) else value + 1
-        other = ModelArchitecture.model_construct(**(manifest.model.model_dump() | {field: changed}))
+        model = ModelArchitecture.model_construct(**(manifest.model.model_dump() | {field: changed}))
+        other = job().model_copy(update={"model": model})
         with pytest.raises(InputError, match=f"another model: {field} "):
-            manifests.check_model(manifest, other, run.place)
+            manifests.check_job(manifest, other, run.place)
+
+
+def test_a_checkpoint_of_the_other_engine_is_refused(run: RunFolder) -> None:
+    manifest = make_checkpoint(run, 20)
+    with pytest.raises(InputError, match="of the megatron engine, which the deepspeed engine does not read"):
+        manifests.check_job(manifest, job("engine=deepspeed"), run.place)
 
 
 # Damage.

@@ -131,3 +131,20 @@ def test_parts_sum_to_the_total(make_job: Any) -> None:
     memory = estimate_memory(make_job("mixtral_8x7b", "h100_x8"), Layout(tp=2, dp=2, pp=2, ep=4), 1)
     parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits]
     assert sum(parts) + memory.workspace + memory.overhead == memory.total
+
+
+def test_each_zero_stage_shards_one_thing_more(make_job: Any) -> None:
+    """Figure 1 of ZeRO (Rajbhandari et al. 2020), with gradients in fp32; offload leaves the device for the host."""
+    layout, weights = Layout(dp=8), 8_030_261_248
+    found = []
+    for options in ({"zero_stage": stage} for stage in range(4)):
+        memory = estimate_memory(make_job("llama3_8b", "h100_x8", options, engine="deepspeed"), layout, 1)
+        found.append((memory.weights, memory.gradients, memory.optimizer))
+    whole = (2 * weights, 4 * weights, 12 * weights)
+    shard = tuple(each // 8 for each in whole)
+    assert found == [whole, (*whole[:2], shard[2]), (whole[0], *shard[1:]), shard]
+    away = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}
+    memory = estimate_memory(make_job("llama3_8b", "h100_x8", away, engine="deepspeed"), layout, 1)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (0, shard[1], 0)
+    here = estimate_memory(make_job("quickstart", "laptop", away, engine="deepspeed"), Layout(dp=2), 1)
+    assert here.weights > 0

@@ -121,8 +121,8 @@ def test_a_fixed_degree_that_cannot_be(make_job: Any, layout: dict[str, int], sh
 def test_what_blames_the_changed_degree_is_said_first_and_all_is_counted(make_job: Any) -> None:
     shown = message(make_job("mixtral_8x7b", "h100_x8", {"tp": 2, "ep": 16}, nodes=8, global_batch=256))
     assert shown == (
-        "layout.ep=16: no layout on 64 devices runs: ep=16 does not divide experts=8 (experts: 32); "
-        "etp*ep=1*16=16 does not divide tp*cp*dp=2*1*4=8 (expert mesh: 6); "
+        "layout.ep=16: no layout on 64 devices runs: ep=16 does not divide experts=8 (experts: 6); "
+        "etp*ep=1*16=16 does not divide tp*cp*dp=2*1*4=8 (expert mesh: 3); "
         "nearest valid: ep=8 or ep=4 or ep=2"
     )
 
@@ -191,6 +191,16 @@ def test_a_large_cluster_is_planned_in_a_second(make_job: Any, nodes: int, globa
     began = time.process_time()
     assert plan_job(job).plans
     assert time.process_time() - began < 1
+
+
+def test_context_parallelism_is_offered_where_a_sequence_is_long_and_kept_where_it_is_asked_for(make_job: Any) -> None:
+    def offered(sequence_length: int, **layout: int) -> set[int]:
+        job = make_job("llama3_8b", "h100_x8", layout, sequence_length=sequence_length)
+        return {plan.layout.cp for plan in plan_job(job).plans}
+
+    assert offered(4096) == {1}
+    assert offered(16384) == {1, 2, 4}
+    assert offered(4096, cp=2) == {2}
 
 
 def test_planning_imports_nothing_heavy() -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+
+# Said by torch of what Megatron calls of it.
+for _message in (
+    "`load_state_dict` is deprecated and will be removed",
+    "Please use DTensor instead and we are deprecating",
+):
+    warnings.filterwarnings("ignore", _message, FutureWarning)
 
 # As in models.megatron_specs: Megatron's decorators would import a compiler that is never called.
 _compile, torch.compile = torch.compile, lambda function, **options: function

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from jobs.spec import JobSpec
 from models.reference import MoE, Router
 from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
+from orchestrator.offload import check_nvme
 from orchestrator.worker.engines.protocol import Batch, StepResult
 from parallel.layout import Layout
 
@@ -47,6 +49,7 @@ from orchestrator.worker.engines.deepspeed_state import State
 # It would run compilers and query GPUs to know what it could compile, and on a CPU then compile an all-reduce.
 deepspeed.ops.__compatible_ops__ = {}
 logger.setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated")
 
 _BUCKET = 50_000_000
 """Elements that are reduced or gathered at once, at most."""
@@ -56,8 +59,9 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> DeepSpeedEngine
     """Set up this rank's part of `job` at `layout` on `device`.
 
     Wants torch.distributed initialised with layout.world ranks, gloo for a CPU or NCCL with the device set for a GPU.
-    Once a process: DeepSpeed's groups are global.
+    Once a process: DeepSpeed's groups are global. InputError where it is to offload to NVMe and cannot.
     """
+    check_nvme(job.layout)
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     deepspeed.init_distributed(dist_init_required=False)
     return DeepSpeedEngine(job, layout, device)
@@ -310,7 +314,7 @@ class DeepSpeedEngine:
     def _put(self, batches: Sequence[Batch]) -> tuple[list[MicroBatch], Tensor]:
         """This rank's part of `batches`, and how many labels count over all ranks', float64 []."""
         parts = [MicroBatch.of(batch, self._mesh, self._device) for batch in batches]
-        counted = torch.stack([part.mask.sum() for part in parts]).sum().double()
+        counted = torch.stack([part.mask.sum(dtype=torch.float64) for part in parts]).sum()
         dist.all_reduce(counted, group=self._mesh.data)
         return parts, counted
 

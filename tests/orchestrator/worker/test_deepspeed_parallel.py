@@ -75,19 +75,14 @@ EXACT = [
     job("qwen", {"zero_stage": 0, "tp": 2, "etp": 2}),
     job("dense", {"zero_stage": 1, "tp": 2, "dp": 2}),
     job("qwen", {"zero_stage": 2, "tp": 2, "dp": 2, "etp": 2, "ep": 2}, packing=True),
-    job("qwen", {"zero_stage": 3, "tp": 2, "etp": 2, "recompute": "full"}),
     job("deepseek", {"zero_stage": 0, "cp": 2}, packing=True),
-    job("deepseek", {"zero_stage": 1, "cp": 2, "ep": 2}),
     job("dropping", {"zero_stage": 1, "cp": 2}),
-    job("dropping", {"zero_stage": 1, "tp": 2, "etp": 2}),
-    job("qwen", {"zero_stage": 3, "cp": 2, "dp": 2}),
-    job("dense", {"zero_stage": 2, "tp": 2, "cp": 2}, packing=True),
+    job("qwen", {"zero_stage": 3, "cp": 2}),
     job("qwen", {"zero_stage": 0, "pp": 2}, packing=True),
     job("dense", {"zero_stage": 1, "pp": 4}),
     job("deepseek", {"zero_stage": 1, "pp": 2, "recompute": "full"}),
     job("qwen", {"zero_stage": 1, "pp": 2, "dp": 2, "ep": 2}),
     job("qwen", {"zero_stage": 1, "pp": 2, "tp": 2, "etp": 2}),
-    job("qwen", {"zero_stage": 0, "pp": 2, "cp": 2}),
 ]
 
 
@@ -155,7 +150,6 @@ def _call(rank: int, run: Run) -> list[float]:
 SAVED = [
     ({"zero_stage": 1, "pp": 2, "tp": 2, "etp": 2}, {"zero_stage": 3, "cp": 2}),
     ({"zero_stage": 3, "cp": 2}, {"zero_stage": 1, "pp": 2, "dp": 2, "ep": 2}),
-    ({"zero_stage": 2, "tp": 2, "etp": 2, "dp": 1}, {"zero_stage": 0, "dp": 1}),
 ]
 
 
@@ -175,7 +169,7 @@ def test_a_checkpoint_resumes_bit_equal_and_elsewhere(
 
 
 def test_bf16_trains_as_fp32_does(ranks: Ranks) -> None:
-    expected = start(ranks, Run(job("dense", {"dp": 1}), range(1, 5)))
+    expected = start(ranks, Run(job("dense", {"dp": 1}), range(1, 3)))
     for layout in ({"tp": 2}, {"cp": 2}, {"pp": 2}):
-        half = start(ranks, Run(job("dense", layout, precision="bf16"), range(1, 5)))
+        half = start(ranks, Run(job("dense", layout, precision="bf16"), range(1, 3)))
         np.testing.assert_allclose(half, expected, rtol=0.02)

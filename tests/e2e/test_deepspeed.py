@@ -1,0 +1,28 @@
+"""The DeepSpeed engine under the same loop: the same training run, and the same way back from a lost rank."""
+
+from __future__ import annotations
+
+import numpy as np
+from command import JOB, Fivefold, kinds, metrics, numbers
+
+from orchestrator.run_folder import RunFolder
+
+LAYOUT = ("layout.tp=1", "layout.dp=4", "layout.ep=2", "layout.zero_stage=2")
+
+
+def test_a_rank_is_killed_and_the_run_is_that_of_the_other_engine(
+    fivefold: Fivefold, reference: dict[int, tuple[float, float]]
+) -> None:
+    answer = fivefold("run", JOB, "engine=deepspeed", *LAYOUT, "fault.kill_rank=1", "fault.at_step=7")
+
+    assert answer.code == 0, answer.told
+    assert answer.document["attempts"] == 2
+    run = RunFolder(answer.document["run_folder"])
+    assert "run_done" in kinds(run)
+    found: dict[int, tuple[float, float]] = {}
+    for line in metrics(run):
+        assert found.setdefault(line["step"], numbers(line)) == numbers(line), "trained again to other bits"
+    assert set(found) == set(reference)
+    np.testing.assert_allclose([found[step] for step in reference], list(reference.values()), rtol=1e-4)
+    log = run.read("logs/attempt-2/rank-0.log").decode().splitlines()
+    assert all(line.startswith(("attempt 2:", "step ")) for line in log), log
