@@ -65,7 +65,7 @@ def main() -> int:
             "layouts": found,
             "within": within,
         }
-        options.json.write_text(json.dumps(document | {"within": within}) + "\n")
+        options.json.write_text(json.dumps(document) + "\n")
     return 0 if within else 1
 
 
