@@ -74,14 +74,14 @@ def _plan(options: argparse.Namespace) -> Answer:
 def _resolved(options: argparse.Namespace, *, here: bool) -> tuple[Any, Any]:
     """The job as it is to be run, on this machine if `here`, and its planning."""
     from jobs import compose
-    from orchestrator.control import session
+    from orchestrator.control import need, session
     from parallel import planner
 
     job = compose.compose(options.job, options.overrides)
     planning = planner.plan_job(job)
     job = planner.resolve(job, planning.plans[0])
     session.check_fault(job)
-    _need(*_TRAINING)
+    need.engines()
     return session.with_weights(job, here=here), planning
 
 
@@ -95,12 +95,12 @@ def _run(options: argparse.Namespace) -> Answer:
 
 def _exact(options: argparse.Namespace) -> Answer:
     from jobs import compose
-    from orchestrator.control import exact
+    from orchestrator.control import exact, need
     from parallel import planner, shrink
 
     job = compose.compose(options.job, options.overrides)
     job = planner.resolve(job, planner.plan_job(job).plans[0])
-    _need(*_TRAINING)
+    need.engines()
     verdict = exact.check(job, shrink.shrink(job), quiet=options.json)
     return verdict, DONE if verdict["exact"] else INEXACT
 
@@ -143,12 +143,12 @@ def _submitted(run: RunFolder, submission: str, options: argparse.Namespace) -> 
 
 def _resume(options: argparse.Namespace) -> Answer:
     from orchestrator import manifests
-    from orchestrator.control import cluster, session
+    from orchestrator.control import cluster, need, session
 
     run = find_run(options.run_root, options.run)
     status = session.check_resumable(run)
     job = session.resumed_job(run, options.overrides)
-    _need(*_TRAINING)
+    need.engines()
     if not manifests.steps(run):
         job = session.with_weights(job, here=status.get("where") == "here")
     if status.get("where") == "cluster":
@@ -275,10 +275,10 @@ def _checkpoint_verify(options: argparse.Namespace) -> Answer:
 
 
 def _checkpoint_export(options: argparse.Namespace) -> Answer:
-    from orchestrator.control import export, tables
+    from orchestrator.control import export, need, tables
 
     run = find_run(options.run_root, options.run)
-    _need("an export", "torch", "safetensors")
+    need.modules("an export", "torch", "safetensors")
     try:
         written = export.export(run, options.format, options.step, options.to)
     except RuntimeError as error:
@@ -287,25 +287,6 @@ def _checkpoint_export(options: argparse.Namespace) -> Answer:
     if not options.json:
         tables.exported(written)
     return written, DONE
-
-
-_TRAINING = ("training", "torch", "megatron.core", "deepspeed", "ray")
-
-
-def _need(what: str, *modules: str) -> None:
-    """Some verbs need more than planning does; say so before anything is created."""
-    import importlib.util
-
-    missing = [name for name in modules if not _importable(importlib.util, name)]
-    if missing:
-        raise InputError("environment", None, f"{what} needs {', '.join(missing)}", "pip install 'fivefold[train]'")
-
-
-def _importable(util: Any, name: str) -> bool:
-    try:
-        return util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _count(text: str) -> int:
