@@ -23,7 +23,7 @@ from orchestrator.worker.schedule import learning_rate
 from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, check_job, refusal
 from parallel.layout import Layout
 
-STEPS = 20
+STEPS = 10
 
 _SHAPE: dict[str, Any] = {"init_std": 0.1, "layers": 4, "hidden": 32, "heads": 8, "kv_heads": 4, "head_dim": 4}
 _SHAPE |= {"ffn": 48, "vocab": 64}
@@ -105,7 +105,7 @@ def account(case: JobSpec) -> Account:
 def test_training_is_the_oracles(ranks: Ranks, case: JobSpec) -> None:
     check_job(case)
     assert refusal(ATTENTION_RULES + EXPERT_RULES, Layout.of(case.layout), case) is None
-    verdict = compare(train(ranks, Trial(case)), account(case), case.model)
+    verdict = compare(train(ranks, Trial(case), seconds=170), account(case), case.model)
     assert verdict.exact, verdict
 
 
