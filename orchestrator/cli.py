@@ -81,7 +81,7 @@ def _resolved(options: argparse.Namespace, *, here: bool) -> tuple[Any, Any]:
     planning = planner.plan_job(job)
     job = planner.resolve(job, planning.plans[0])
     session.check_fault(job)
-    need.engine(job.engine)
+    need.engines()
     return session.with_weights(job, here=here), planning
 
 
@@ -100,7 +100,7 @@ def _exact(options: argparse.Namespace) -> Answer:
 
     job = compose.compose(options.job, options.overrides)
     job = planner.resolve(job, planner.plan_job(job).plans[0])
-    need.engine(job.engine)
+    need.engines()
     verdict = exact.check(job, shrink.shrink(job), quiet=options.json)
     return verdict, DONE if verdict["exact"] else INEXACT
 
@@ -148,7 +148,7 @@ def _resume(options: argparse.Namespace) -> Answer:
     run = find_run(options.run_root, options.run)
     status = session.check_resumable(run)
     job = session.resumed_job(run, options.overrides)
-    need.engine(job.engine)
+    need.engines()
     if not manifests.steps(run):
         job = session.with_weights(job, here=status.get("where") == "here")
     if status.get("where") == "cluster":

@@ -20,7 +20,7 @@ def check_nvme(layout: LayoutSpec) -> None:
     for field in ("offload_optimizer", "offload_parameters"):
         if getattr(layout, field) == "nvme" and (missing := _not_built()):
             rule = (
-                f"DeepSpeed's {' and '.join(missing)} are not built here: with a C++ compiler and libaio's headers, "
+                f"{' and '.join(missing)} of DeepSpeed are not built here: with a C++ compiler and libaio's headers, "
                 "reinstall deepspeed with DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1"
             )
             raise InputError(f"layout.{field}", "nvme", rule, "cpu")

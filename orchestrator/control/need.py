@@ -7,10 +7,9 @@ import importlib.util
 from jobs.errors import InputError
 
 
-def engine(name: str) -> None:
-    """InputError where this environment cannot train with the engine of that name."""
-    # Megatron-Core writes the checkpoints of both.
-    modules("training", "torch", "megatron.core", "ray", *(["deepspeed"] if name == "deepspeed" else []))
+def engines() -> None:
+    """InputError where this environment cannot train: the two engines come together."""
+    modules("training", "torch", "megatron.core", "deepspeed", "ray")
 
 
 def modules(what: str, *names: str) -> None:
