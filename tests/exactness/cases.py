@@ -150,8 +150,10 @@ _DEFAULTS = LayoutSpec().model_dump()
 
 
 def micro_batch_choices(mesh: dict[str, int]) -> tuple[int, ...]:
+    """Sizes of which a rank takes two a step, or as many as there are stages: enough to add up, few enough to be quick."""
     share = GLOBAL_BATCH // mesh["dp"]
-    return tuple(size for size in (1, 2) if share % size == 0)
+    counts = {min(share, 2), min(share, mesh["pp"])}
+    return tuple(sorted(share // count for count in counts))
 
 
 @cache
