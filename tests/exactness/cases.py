@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
 from operator import or_
@@ -150,8 +150,10 @@ _DEFAULTS = LayoutSpec().model_dump()
 
 
 def micro_batch_choices(mesh: dict[str, int]) -> tuple[int, ...]:
+    """Sizes of which a rank takes two a step, or as many as there are stages: enough to add up, few enough to be quick."""
     share = GLOBAL_BATCH // mesh["dp"]
-    return tuple(size for size in (1, 2) if share % size == 0)
+    counts = {min(share, 2), min(share, mesh["pp"])}
+    return tuple(sorted(share // count for count in counts))
 
 
 @cache
@@ -276,3 +278,14 @@ def features() -> list[str]:
     """All of them: axes, options, models, worlds."""
     options = {name for choices in OPTIONS.values() for each in choices for name in _named(each)}
     return [*DEGREES, *sorted(options), *VARIANTS, *(f"world {world}" for world in WORLDS)]
+
+
+def uncovered(cases: Sequence[Case]) -> dict[Pair, list[str] | None]:
+    """`refusals` of the pairs of features that no case has; a feature that none has by itself is paired with itself."""
+    found = {pair for each in cases for pair in pairs(each)}
+    wanted: list[Pair] = []
+    for engine in ENGINES:
+        present = {feature for held, *both in found if held == engine for feature in both}
+        wanted += [(engine, feature, feature) for feature in features() if feature not in present]
+        wanted += [(engine, *pair) for pair in itertools.combinations(sorted(present - {"world 1"}), 2)]
+    return {pair: refusals(pair) for pair in wanted if pair not in found}

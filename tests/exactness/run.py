@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from cases import WORLDS, matrix, subset
+from cases import WORLDS, matrix, subset, uncovered
 from matrix import Matrix
 
 from orchestrator.worker.exactness.verdict import BF16, FP32
@@ -61,6 +61,7 @@ def main() -> int:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "deepspeed")},
         "seconds": round(seconds, 1),
         "exact": len(results) - len(wrong),
+        "refused": {" / ".join(dict.fromkeys(pair)): why[0] for pair, why in uncovered(matrix(seed)).items() if why},
         "cases": [result.as_dict() for result in results],
     }
     if options.json:

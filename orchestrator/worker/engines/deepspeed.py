@@ -34,6 +34,7 @@ from parallel.layout import Layout
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # or initialize does, and with it torch's compiler: 3 s in every rank
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger, set_z3_leaf_modules
 
