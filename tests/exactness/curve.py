@@ -46,13 +46,13 @@ def main() -> int:
     overrides = ["train.precision=bf16", f"train.steps={options.steps}", f"cluster.device={options.device}"]
     job = compose.compose(options.job, overrides)
     ranks = Ranks(options.device)
-    micro = [size for size in (1, 2, 4, 8) if job.train.global_batch % size == 0]
+    micro = [size for size in (8, 4, 2, 1) if job.train.global_batch % size == 0]
     singles = np.array([curve(ranks, at(job, "", micro[n % len(micro)]), n) for n in range(options.singles)])
     noise = [distance(one, np.delete(singles, n, 0)) for n, one in enumerate(singles)]
     print(f"noise of one {options.device} device over {options.singles} runs: {max(noise):.2e} nats", flush=True)
     found = []
     for text in options.layouts:
-        losses = curve(ranks, at(job, text, 2), 0)
+        losses = curve(ranks, at(job, text, 4), 0)
         found.append({"layout": text, "distance": distance(losses, singles), "losses": losses.tolist()})
         print(f"{text:<16} {found[-1]['distance']:.2e} nats, at most {ALLOWED * max(noise):.2e}", flush=True)
     within = all(each["distance"] <= ALLOWED * max(noise) for each in found)

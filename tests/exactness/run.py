@@ -19,8 +19,10 @@ from pathlib import Path
 from cases import WORLDS, matrix, subset, uncovered
 from matrix import Matrix
 
+from jobs.spec import JobSpec
 from orchestrator.worker.exactness.verdict import BF16, FP32
 from orchestrator.worker.ranks import Ranks
+from parallel.capabilities import why_refused
 
 
 def main() -> int:
@@ -28,6 +30,7 @@ def main() -> int:
     seed = options.seed
     chosen = [case for case in (subset() if options.subset else matrix(seed)) if case.world <= options.largest_world]
     chosen = [case for case in chosen if all(word in case.name.split() for word in options.only)]
+    chosen = [case for case in chosen if why_refused(on(case.job, options.device, options.precision)) is None]
     print(f"{len(chosen)} cases of seed {seed}: `make exact-random SEED={seed}` draws them again", flush=True)
     bars = BF16 if options.precision == "bf16" else FP32
     runner = Matrix(
@@ -39,16 +42,17 @@ def main() -> int:
     )
     began = time.monotonic()
     results = []
-    for number, future in enumerate(runner.start(chosen).values(), 1):
-        result = future.result()
-        results.append(result)
-        print(
-            f"{number:4}/{len(chosen)} {'exact ' if result.exact else 'WRONG '} {result.seconds:6.1f} s  {result}",
-            flush=True,
-        )
+    try:
+        for number, future in enumerate(runner.start(chosen).values(), 1):
+            result = future.result()
+            results.append(result)
+            verdict = "exact " if result.exact else "WRONG "
+            print(f"{number:4}/{len(chosen)} {verdict} {result.seconds:6.1f} s  {result}", flush=True)
+    except KeyboardInterrupt:
+        runner.stop()
     seconds = time.monotonic() - began
     wrong = [result for result in results if not result.exact]
-    print(f"{len(results) - len(wrong)} of {len(results)} exact, in {seconds:.0f} s")
+    print(f"{len(results) - len(wrong)} of {len(results)} exact, of {len(chosen)} drawn, in {seconds:.0f} s")
     for result in wrong:
         print(f"WRONG  {result}")
     document = {
@@ -60,13 +64,20 @@ def main() -> int:
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "deepspeed")},
         "seconds": round(seconds, 1),
+        "drawn": len(chosen),
         "exact": len(results) - len(wrong),
         "refused": {" / ".join(dict.fromkeys(pair)): why[0] for pair, why in uncovered(matrix(seed)).items() if why},
         "cases": [result.as_dict() for result in results],
     }
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
-    return 1 if wrong else 0
+    return 1 if wrong or len(results) < len(chosen) else 0
+
+
+def on(job: JobSpec, device: str, precision: str) -> JobSpec:
+    """The job on another device and in another precision, for which a case is accepted or not."""
+    cluster = job.cluster.model_copy(update={"device": device})
+    return job.model_copy(update={"cluster": cluster, "train": job.train.model_copy(update={"precision": precision})})
 
 
 def _options() -> argparse.Namespace:

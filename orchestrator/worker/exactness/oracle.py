@@ -93,7 +93,7 @@ def oracle(job: JobSpec, dtype: torch.dtype | None = None) -> Account:
 def settled(rank: int, job: JobSpec) -> tuple[JobSpec, Account]:
     """The job at the first seed from its own on that no rounding can turn into another run, and its account.
 
-    No router's choice is a near tie there, and the oracle in fp32 comes to the same. Of SEEDS_TRIED seeds without one
+    No router's choice is a near tie there, and the oracle in fp32, where that is another, comes to the same. Of SEEDS_TRIED seeds without one
     that serves, that of the widest choice. To be run on one rank: a process of its own, so that oracles run beside one
     another and only ranks touch a GPU.
     """
@@ -101,7 +101,9 @@ def settled(rank: int, job: JobSpec) -> tuple[JobSpec, Account]:
     for seed in range(job.train.seed, job.train.seed + SEEDS_TRIED):
         seeded = job.model_copy(update={"train": job.train.model_copy(update={"seed": seed})})
         account = oracle(seeded)
-        if account.narrowest_choice >= NEAR_TIE and _rounding(account, oracle(seeded, torch.float32)) <= STEADY:
+        if account.narrowest_choice >= NEAR_TIE and (
+            job.cluster.device == "cuda" or _rounding(account, oracle(seeded, torch.float32)) <= STEADY
+        ):
             return seeded, account
         found.append((seeded, account))
     return max(found, key=lambda pair: pair[1].narrowest_choice)
