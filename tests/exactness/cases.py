@@ -150,7 +150,7 @@ _DEFAULTS = LayoutSpec().model_dump()
 
 
 def micro_batch_choices(mesh: dict[str, int]) -> tuple[int, ...]:
-    """Sizes of which a rank takes two a step, or as many as there are stages: enough to add up, few enough to be quick."""
+    """Sizes of which a rank takes two a step, or one a stage: enough to add up, few enough to be quick."""
     share = GLOBAL_BATCH // mesh["dp"]
     counts = {min(share, 2), min(share, mesh["pp"])}
     return tuple(sorted(share // count for count in counts))
