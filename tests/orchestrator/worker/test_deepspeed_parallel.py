@@ -138,7 +138,7 @@ class Run:
 
 def start(ranks: Ranks, run: Run) -> list[float]:
     """Rank 0's account, once all ranks are seen to give the same one."""
-    accounts = ranks.run(Layout.of(run.job.layout).world, _call, run)
+    accounts = ranks.run(Layout.of(run.job.layout).world, _call, run, seconds=150)
     assert all(figures == accounts[0] for figures in accounts)
     return accounts[0]  # type: ignore[no-any-return]
 
