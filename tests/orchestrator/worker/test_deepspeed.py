@@ -22,7 +22,7 @@ from orchestrator.worker.ranks import Ranks
 from orchestrator.worker.schedule import learning_rate
 from parallel.layout import Layout
 
-STEPS, HALF = 6, 3
+STEPS, HALF = 4, 2
 
 _SHAPE: dict[str, Any] = {"init_std": 0.1, "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8}
 _SHAPE |= {"ffn": 48, "vocab": 64}
@@ -40,8 +40,13 @@ MODELS = {
         router_bias=True,
         router_scale=2.5,
     ),
-    # Many experts and few tokens: in every micro-batch some expert is visited by nobody.
-    "sparse": ModelArchitecture(name="sparse", **_SHAPE, **_MOE | {"experts": 16, "expert_ffn": 8}),
+    # Eight experts, and sixteen tokens that visit one each: in most micro-batches some are visited by nobody.
+    "sparse": ModelArchitecture(
+        name="sparse",
+        **_SHAPE | {"layers": 1},
+        **_MOE | {"experts": 8, "top_k": 1, "expert_ffn": 8},
+        router_normalize_top_k=False,
+    ),
     "dropping": ModelArchitecture(name="dropping", **_SHAPE, **_MOE, capacity_factor=1.0, drop_order="position"),
 }
 
@@ -90,7 +95,7 @@ def name_of(case: JobSpec) -> str:
 
 @pytest.mark.parametrize("case", EXACT, ids=name_of)
 def test_training_is_the_oracles(ranks: Ranks, case: JobSpec) -> None:
-    verdict = compare(train(ranks, Trial(case)), oracle(case), case.model)
+    verdict = compare(train(ranks, Trial(case), seconds=170), oracle(case), case.model)
     assert verdict.exact, verdict
 
 
@@ -159,7 +164,7 @@ def test_bf16_trains_as_fp32_does(ranks: Ranks) -> None:
 
 def test_evaluation_leaves_training_as_it_was(ranks: Ranks) -> None:
     spec = job("deepseek", {"zero_stage": 3, "dp": 2})
-    plain, interrupted = (start(ranks, Run(spec, range(1, 4), evaluates=evaluates)) for evaluates in (False, True))
+    plain, interrupted = (start(ranks, Run(spec, range(1, 3), evaluates=evaluates)) for evaluates in (False, True))
     assert interrupted == plain
 
 
@@ -186,6 +191,6 @@ def _named(shards: Any) -> dict[str, torch.Tensor]:
     return {shard.name: shard.read() for shard in found}
 
 
-@pytest.mark.parametrize("layout", [{"zero_stage": 0}, {"zero_stage": 2, "ep": 2}, {"zero_stage": 3}], ids=str)
+@pytest.mark.parametrize("layout", [{"zero_stage": 2, "ep": 2}, {"zero_stage": 3}], ids=str)
 def test_weights_that_are_set_begin_a_run_anew(ranks: Ranks, layout: dict[str, Any]) -> None:
     assert ranks.run(2, _call, Reset(job("mixtral", {"dp": 2} | layout))) == [True, True]
