@@ -93,9 +93,9 @@ def oracle(job: JobSpec, dtype: torch.dtype | None = None) -> Account:
 def settled(rank: int, job: JobSpec) -> tuple[JobSpec, Account]:
     """The job at the first seed from its own on that no rounding can turn into another run, and its account.
 
-    No router's choice is a near tie there, and the oracle in fp32, where that is another, comes to the same. Of SEEDS_TRIED seeds without one
-    that serves, that of the widest choice. To be run on one rank: a process of its own, so that oracles run beside one
-    another and only ranks touch a GPU.
+    No router's choice is a near tie there, and the oracle in fp32, where that is another, comes to the same. Of
+    SEEDS_TRIED seeds without one that serves, that of the widest choice. To be run on one rank: a process of its own,
+    so that oracles run beside one another and only ranks touch a GPU.
     """
     found: list[tuple[JobSpec, Account]] = []
     for seed in range(job.train.seed, job.train.seed + SEEDS_TRIED):
