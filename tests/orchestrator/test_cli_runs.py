@@ -71,7 +71,7 @@ def test_a_live_run_cannot_be_resumed(fivefold: Fivefold, run: RunFolder, state:
         (["name=other"], "name", None),
         (["train.steps=30"], "train.steps", "train.steps=80"),
         (["train.steps=0"], "train.steps", 1),
-        (["layout.tp=3"], "layout.tp", "tp=2"),
+        (["layout.tp=3"], "layout.tp", "tp=2 or tp=1"),
         (["layout.pt=2"], "layout.pt", "layout.tp"),
         (["cluster=h200"], "cluster", "h200_x8"),
         (["cluster=h200_x2"], "cluster.devices_per_node", "cluster=laptop"),
@@ -127,7 +127,7 @@ def test_a_resumed_job_keeps_its_layout_or_is_planned_anew(run: RunFolder) -> No
     assert session.resumed_job(run, ["train.steps=200"]).layout == saved.layout
     replanned = session.resumed_job(run, ["layout.pp=2"])
     assert replanned.layout.pp == 2
-    assert None not in replanned.layout.model_dump().values()
+    assert len(replanned.layout.degrees) == 7
     spent = saved.model_copy(update={"fault": compose("quickstart", ["fault.kill_rank=3"]).fault})
     run.write_json("job.json", spent.model_dump(mode="json"))
     assert session.resumed_job(run, ["cluster.devices_per_node=2"]).fault.kill_rank == 3  # it has happened
