@@ -21,7 +21,7 @@ def check_nvme(layout: LayoutSpec) -> None:
         if getattr(layout, field) == "nvme" and (missing := _not_built()):
             rule = (
                 f"{' and '.join(missing)} of DeepSpeed are not built here: with a C++ compiler and libaio's headers, "
-                "reinstall deepspeed with DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1"
+                "reinstall deepspeed with DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 LDFLAGS='-Wl,--no-as-needed -laio'"
             )
             raise InputError(f"layout.{field}", "nvme", rule, "cpu")
     if layout.nvme_folder is not None and not Path(layout.nvme_folder).is_dir():

@@ -18,6 +18,13 @@ def _weights_stay(job: JobSpec) -> str | None:
     return None if stage == 3 or place == "none" else f"wants zero_stage=3, zero_stage={stage}"
 
 
+def _weights_of_32_bits(job: JobSpec) -> str | None:
+    refused = job.layout.offload_parameters == "nvme" and job.train.precision != "bf16"
+    return (
+        f"DeepSpeed reads weights back from nvme in 16 bits, train.precision={job.train.precision}" if refused else None
+    )
+
+
 def _no_nvme_folder(job: JobSpec) -> str | None:
     layout = job.layout
     wanted = "nvme" in (layout.offload_optimizer, layout.offload_parameters) and layout.nvme_folder is None
@@ -66,6 +73,7 @@ JOB_RULES = (
     ),
     JobRule("layout.offload_optimizer", DEEPSPEED, _optimizer_state_stays, nearest="none"),
     JobRule("layout.offload_parameters", DEEPSPEED, _weights_stay, nearest="none"),
+    JobRule("layout.offload_parameters", DEEPSPEED, _weights_of_32_bits, nearest="cpu"),
     JobRule("layout.nvme_folder", DEEPSPEED, _no_nvme_folder),
 )
 

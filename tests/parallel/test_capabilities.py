@@ -248,6 +248,7 @@ DEEPSPEED_JOBS = [
         "layout.nvme_folder: offload to nvme needs a folder for its files, the same on every node",
     ),
     ({"zero_stage": 3, "offload_optimizer": "nvme", "nvme_folder": "/fast"}, None),
+    ({"zero_stage": 3, "offload_parameters": "nvme", "nvme_folder": "/fast"}, None),
 ]
 
 
@@ -260,6 +261,14 @@ def test_jobs_of_the_deepspeed_engine(make_job: Any, options: dict[str, Any], me
     with pytest.raises(InputError) as caught:
         check_job(job)
     assert str(caught.value).startswith(message)
+
+
+def test_weights_go_to_nvme_in_bf16_alone(make_job: Any) -> None:
+    layout = {"zero_stage": 3, "offload_parameters": "nvme", "nvme_folder": "/fast"}
+    with pytest.raises(InputError) as caught:
+        check_job(make_job(engine="deepspeed", layout=layout, precision="fp32"))
+    assert "DeepSpeed reads weights back from nvme in 16 bits, train.precision=fp32" in str(caught.value)
+    assert caught.value.nearest == "cpu"
 
 
 def test_without_zero_fp32_gradients_add_up_in_fp32(make_job: Any) -> None:

@@ -245,7 +245,9 @@ class DeepSpeedEngine:
             # Vectors are kept whole by every rank, matrices are not.
             "stage3_param_persistence_threshold": 2 * job.model.hidden,
             "offload_optimizer": self._offload(options.offload_optimizer),
-            "offload_param": self._offload(options.offload_parameters),
+            "offload_param": self._offload(options.offload_parameters) | self._buffers(),
+            # What is fetched ahead is not counted among the buffers, and finds none left.
+            **({"stage3_prefetch_bucket_size": 0} if options.offload_parameters == "nvme" else {}),
         }
         return {
             # Micro-batches are counted in train_step, which says which is the last: DeepSpeed would divide by their
@@ -267,6 +269,19 @@ class DeepSpeedEngine:
             "device": place,
             "nvme_path": self._job.layout.nvme_folder if place == "nvme" else None,
             "pin_memory": self._device.type == "cuda",
+        }
+
+    def _buffers(self) -> dict[str, int]:
+        """Memory through which parameters come from NVMe: twice what the layer with the most has.
+
+        DeepSpeed's own five are too few for an MoE layer, whose experts it reads at once, and have 1e8 elements each.
+        """
+        layers = [list(layer.parameters()) for layer in self._decoder.layers.values()]
+        largest = max(parameter.numel() for parameter in self._decoder.parameters())
+        return {
+            "max_in_cpu": 0,
+            "buffer_count": 2 * max(map(len, layers)),
+            "buffer_size": -(-largest // self._layout.dp),
         }
 
     def _block(self, name: str, parameter: Parameter) -> Shard:

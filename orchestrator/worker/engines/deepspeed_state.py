@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import deepspeed
@@ -53,7 +55,13 @@ class State:
         partition = value.flatten()[start : start + length]
         # The last of the partitions may reach beyond the parameter.
         partition = torch.nn.functional.pad(partition, (0, length - len(partition)))
-        optimizer.set_local_hp_param(partition, parameter, key)
+        # DeepSpeed's set_local_hp_param takes a parameter that lies on NVMe for an empty one.
+        held, index = optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=key
+        )
+        held.copy_(partition)
+        if optimizer._swappable_optimizer_subgroup(index):
+            optimizer._optimizer_states_and_gradient_swap_out(index)
         if key is None:
             with GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
@@ -65,13 +73,25 @@ class State:
 
     def renew(self, steps: int = 0) -> None:
         """Moments of zero, there from the start: memory peaks in the first step, and step 0 can be saved."""
-        for held in self._held():
-            state = self._adam.state[held]
-            state["step"] = torch.full((), float(steps), device=held.device)
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(held) if moment not in state else state[moment].zero_()
+        for index, held in enumerate(self._held()):
+            with self._in_memory(index):
+                state = self._adam.state[held]
+                state["step"] = torch.full((), float(steps), device=held.device)
+                for moment in MOMENTS:
+                    state[moment] = torch.zeros_like(held) if moment not in state else state[moment].zero_()
         if self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    @contextlib.contextmanager
+    def _in_memory(self, index: int) -> Iterator[None]:
+        """Read what is offloaded to NVMe, and write it back; what is too small for it stays in memory."""
+        optimizer = self._engine.optimizer
+        if self._stage < 3 or not optimizer._swappable_optimizer_subgroup(index):
+            yield
+            return
+        optimizer._optimizer_states_and_gradient_swap_in(index)
+        yield
+        optimizer._optimizer_states_and_gradient_swap_out(index)
 
     def _held(self) -> list[Tensor]:
         """What Adam steps: the parameters, or this rank's flat parts of them."""
