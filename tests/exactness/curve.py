@@ -5,8 +5,8 @@
 What one GPU's noise is: the same job from the same weights, each step on the same sequences, in another order: rows are
 permuted within the global batch and taken in other micro-batches. Exactly computed, these runs were one run; in bf16
 they part by rounding alone. A run's distance is the largest, over windows of ten steps, between its mean loss and that
-of the single-GPU runs (for one of these: of the others). A layout stands where its distance is at most twice the
-largest of theirs.
+of the single-GPU runs (for one of these: of the others). A layout stands where each of its runs, in two orders too, has
+a distance of at most twice the largest of theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def main() -> int:
     parser.add_argument("--layouts", nargs="+", default=["tp=2", "dp=2", "dp=2,ep=2", "pp=2", "cp=2"])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--singles", type=int, default=8, help="runs of one GPU")
+    parser.add_argument("--runs", type=int, default=2, help="of each layout")
+    parser.add_argument("--side-by-side", type=int, default=6, metavar="RUNS")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -47,14 +50,21 @@ def main() -> int:
     job = compose.compose(options.job, overrides)
     ranks = Ranks(options.device)
     micro = [size for size in (8, 4, 2, 1) if job.train.global_batch % size == 0]
-    singles = np.array([curve(ranks, at(job, "", micro[n % len(micro)]), n) for n in range(options.singles)])
-    noise = [distance(one, np.delete(singles, n, 0)) for n, one in enumerate(singles)]
-    print(f"noise of one {options.device} device over {options.singles} runs: {max(noise):.2e} nats", flush=True)
-    found = []
-    for text in options.layouts:
-        losses = curve(ranks, at(job, text, 4), 0)
-        found.append({"layout": text, "distance": distance(losses, singles), "losses": losses.tolist()})
-        print(f"{text:<16} {found[-1]['distance']:.2e} nats, at most {ALLOWED * max(noise):.2e}", flush=True)
+    with ThreadPoolExecutor(options.side_by_side) as pool:
+        alone = [pool.submit(curve, ranks, at(job, "", micro[n % len(micro)]), order=n) for n in range(options.singles)]
+        placed = {
+            text: [pool.submit(curve, ranks, at(job, text, 4), order) for order in range(options.runs)]
+            for text in options.layouts
+        }
+        singles = np.array([run.result() for run in alone])
+        noise = [distance(one, np.delete(singles, n, 0)) for n, one in enumerate(singles)]
+        print(f"noise of one {options.device} device over {options.singles} runs: {max(noise):.2e} nats", flush=True)
+        found = []
+        for text, runs in placed.items():
+            losses = [run.result() for run in runs]
+            largest = max(distance(each, singles) for each in losses)
+            found.append({"layout": text, "distance": largest, "losses": np.array(losses).tolist()})
+            print(f"{text:<16} {largest:.2e} nats, at most {ALLOWED * max(noise):.2e}", flush=True)
     within = all(each["distance"] <= ALLOWED * max(noise) for each in found)
     print("within the noise of one device" if within else "NOT within the noise of one device")
     if options.json:
