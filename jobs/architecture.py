@@ -26,6 +26,7 @@ class ModelArchitecture(Spec):
     kv_heads: int = Field(gt=0, description="query groups; equal to heads without GQA")
     head_dim: int = Field(gt=0, description="width of a head; multi-latent attention: without the rotary part")
     ffn: int = Field(ge=0, description="width of the dense feed-forward layers (SwiGLU); 0 if every layer is MoE")
+    gated: bool = Field(True, description="feed-forward by SwiGLU; false: two matrices and a GELU, planned only")
     vocab: int = Field(gt=1)
     tied_embeddings: bool = False
     attention_bias: bool = Field(False, description="bias on the query, key and value projections (Qwen2)")
@@ -136,7 +137,12 @@ class ModelArchitecture(Spec):
     @property
     def ffn_parameters(self) -> int:
         """The feed-forward block of one dense layer (SwiGLU: gate, up, down)."""
-        return 3 * self.hidden * self.ffn
+        return self._matrices * self.hidden * self.ffn
+
+    @property
+    def _matrices(self) -> int:
+        """Of a feed-forward block."""
+        return 3 if self.gated else 2
 
     @property
     def router_parameters(self) -> int:
@@ -146,12 +152,12 @@ class ModelArchitecture(Spec):
     @property
     def expert_parameters(self) -> int:
         """One routed expert."""
-        return 3 * self.hidden * self.expert_ffn
+        return self._matrices * self.hidden * self.expert_ffn
 
     @property
     def shared_expert_parameters(self) -> int:
         """The shared experts of one MoE layer, with their gate."""
-        return 3 * self.hidden * self.shared_expert_ffn + self.hidden * self.shared_expert_gate
+        return self._matrices * self.hidden * self.shared_expert_ffn + self.hidden * self.shared_expert_gate
 
     @property
     def parameters(self) -> int:

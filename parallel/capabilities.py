@@ -101,6 +101,12 @@ JOB_RULES = (
         nearest=0,
     ),
     JobRule(
+        "model.gated",
+        BOTH,
+        when(lambda job: not job.model.gated, "no engine runs a feed-forward block of two matrices and a GELU yet"),
+        nearest=True,
+    ),
+    JobRule(
         "layout.context_attention",
         MEGATRON,
         when(

@@ -66,7 +66,8 @@ def shapes(model: ModelArchitecture, experts: int) -> dict[str, tuple[int, ...]]
             if model.shared_expert_gate:
                 tensors["shared_expert_gate"] = (1, h)
         for block, width in widths.items():
-            tensors |= {f"{block}.gate": (width, h), f"{block}.up": (width, h), f"{block}.down": (h, width)}
+            tensors |= {f"{block}.up": (width, h), f"{block}.down": (h, width)}
+            tensors |= {f"{block}.gate": (width, h)} if model.gated else {}
         found |= {f"layers.{layer}.{name}": shape for name, shape in tensors.items()}
     return found
 
@@ -117,6 +118,7 @@ def architectures(draw: st.DrawFn) -> ModelArchitecture:
         head_dim=number(),
         ffn=number(),
         vocab=number(2),
+        gated=draw(st.booleans()),
         tied_embeddings=draw(st.booleans()),
         attention_bias=not latent and draw(st.booleans()),
         qk_norm=not latent and draw(st.booleans()),

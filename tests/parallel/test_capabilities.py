@@ -107,6 +107,11 @@ def test_what_runs(make_job: Any, model: str, layout: dict[str, int]) -> None:
             "model.kv_lora_rank=512: no engine runs multi-latent attention yet; nearest valid: 0",
         ),
         (
+            {"model_changes": {"gated": False}},
+            "model.gated=False: no engine runs a feed-forward block of two matrices and a GELU yet; nearest valid: "
+            "True",
+        ),
+        (
             {"layout": {"dispatcher": "flex"}},
             "layout.dispatcher=flex: flex moves tokens by DeepEP, which runs on GPUs, and this job is for cpu; "
             "nearest valid: alltoall",
