@@ -15,6 +15,7 @@ from parallel.costs import TimeEstimate, estimate_time
 from parallel.hardware import GIB, hardware
 from parallel.layout import ATTENTION_AXES, Layout, divisors
 from parallel.memory import MemoryEstimate, estimate_memory
+from parallel.workload import Workload
 
 FEWEST_CONTEXT_TOKENS = 4096
 """Of a sequence that a rank is given where cp is not fixed: with fewer, exchanging keys costs more than it divides."""
@@ -79,7 +80,7 @@ def plan_job(job: JobSpec) -> Planning:
     search = _Search(job)
     plans = []
     for layout, fits in search.fitting():
-        timed = [(estimate_time(job, layout, micro_batch, device), micro_batch) for micro_batch in fits]
+        timed = [(estimate_time(Workload.of(job, layout, micro_batch), device), micro_batch) for micro_batch in fits]
         time, micro_batch = min(timed, key=lambda pair: (pair[0].total, pair[1]))
         tokens_per_second = job.train.global_batch * job.train.sequence_length / time.total
         peak = device.peak_flops(job.train.precision)
