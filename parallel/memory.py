@@ -1,29 +1,43 @@
-"""What one rank holds while it trains: a first analytical estimate, in bytes, of the fullest pipeline stage.
+"""What one rank holds while it trains, in bytes, stage by stage; and how likely that is more than a device has.
 
 Sources: mixed-precision states as in ZeRO (Rajbhandari et al. 2020) with Megatron-Core's distributed optimizer;
-activations after Korthikanti et al. 2022, rewritten for RMSNorm, GQA, SwiGLU and MoE, without dropout, with a fused
-attention that keeps no scores, of recomputation the full one only; 1F1B as in Narayanan et al. 2021.
+activations in activations.py; 1F1B and its interleaved form as in Narayanan et al. 2021. How far real runs lie from the
+sum is fitted by memory_fitting.py.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from math import erf, sqrt
 
 from jobs.architecture import ModelArchitecture
-from jobs.spec import JobSpec
-from parallel.hardware import hardware
+from parallel.activations import layer_bytes
+from parallel.hardware import Hardware
 from parallel.layout import Layout
+from parallel.workload import Workload
 
-EXPERT_LOAD = 1.25
-"""Tokens of the busiest expert-parallel rank over the mean: what a balancing loss leaves. An assumption."""
+FITTED: dict[str, float] = json.loads((files("parallel") / "memory_fitted.json").read_text())
+"""By memory_fitting.py, on split `calibrate` alone. slack: what torch's allocator reserves and kernels use for a moment
+beyond what is counted, a share; spread: a standard deviation, a share; whole_logit_bytes: of a logit where the loss is
+torch's own (16 bits gathered, an fp32 copy, its softmax, their gradients)."""
 
-ALLOCATOR_SLACK = 0.07
-"""What torch's allocator reserves above what is allocated: 3 to 7% in SimuMax's records of Megatron-LM on 8 GPUs."""
+LIKELY_OUT = 0.5
+"""Probability of running out of memory above which a layout is refused: missed and falsely refused weigh the same."""
+
+LOGIT_ELEMENTS = 4
+"""Of a logit, in elements of the weights' 2 bytes: itself, its gradient, and the fp32 softmax that the loss keeps."""
+
+HEAD_GRADIENT_ELEMENTS = 3
+"""Of a weight of the head while its gradient is made: in the weights' precision and in fp32. With it, what SimuMax
+recorded on split `calibrate` is met within 1%."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on a rank of the fullest stage, part by part."""
+    """Bytes on a rank of one stage at the fullest moment of a step, part by part: the mean of what is expected."""
 
     weights: int
     gradients: int
@@ -31,13 +45,28 @@ class MemoryEstimate:
     activations: int
     logits: int
     workspace: int
-    """Alive for a moment: the widest block's gathered input and gradients, the largest weight's gradient."""
+    """Alive for a moment: the widest block's gathered input and gradients, the largest weight's gradient, a layer
+    computed again, ZeRO-3's gathered weights."""
     overhead: int
     """What the device holds before the first tensor, and the allocator's slack."""
 
     @property
     def total(self) -> int:
         return sum(vars(self).values())
+
+    @property
+    def allocated(self) -> int:
+        """Of tensors alone."""
+        return self.total - self.overhead
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the total, bytes, as fitted."""
+        return FITTED["spread"] * self.total
+
+    def p_out_of_memory(self, device_bytes: float) -> float:
+        """That a device of so many bytes does not hold it, by a normal distribution."""
+        return 0.5 * (1 + erf((self.total - device_bytes) / (sqrt(2) * self.spread)))
 
 
 @dataclass(frozen=True)
@@ -53,10 +82,21 @@ class Stage:
     """Reduced over EDP."""
 
 
-def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
-    """The pipeline's stages, first to last, each of layers / pp layers; with virtual stages, dealt out in turn."""
-    per_stage = model.layers // layout.pp
-    per_chunk = per_stage // layout.vpp
+def chunk_layers(layers: int, chunks: int) -> list[int]:
+    """Layers of each virtual stage in the order of the model, as even as they can be.
+
+    Where they do not divide, the first and the last, which hold the vocabulary, are among those with one less.
+    """
+    each, extra = divmod(layers, chunks)
+    first = 1 if extra < chunks - 1 else 0
+    return [each + (extra > 0 and first <= index < first + extra) for index in range(chunks)]
+
+
+@lru_cache(maxsize=1 << 14)
+def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
+    """The pipeline's stages, first to last; virtual stages are dealt out in turn."""
+    counts = chunk_layers(model.layers, layout.pp * layout.vpp)
+    starts = [sum(counts[:index]) for index in range(len(counts))]
     every_layer = (
         model.attention_split_parameters // layout.tp + model.attention_replicated_parameters + model.norm_parameters
     )
@@ -69,8 +109,9 @@ def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
     for index in range(layout.pp):
         is_first, is_last = index == 0, index == layout.pp - 1
         chunks = range(index, layout.pp * layout.vpp, layout.pp)
-        dense = sum(min(per_chunk, max(0, model.dense_layers - chunk * per_chunk)) for chunk in chunks)
-        moe = per_stage - dense
+        held = sum(counts[chunk] for chunk in chunks)
+        dense = sum(min(counts[chunk], max(0, model.dense_layers - starts[chunk])) for chunk in chunks)
+        moe = held - dense
         # The head is a table of its own; tied, the last stage still needs its copy unless it is the first as well.
         tables = is_first + (is_last and not (is_first and model.tied_embeddings))
         found.append(
@@ -78,7 +119,7 @@ def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
                 dense_layers=dense,
                 moe_layers=moe,
                 is_last=is_last,
-                dense_parameters=per_stage * every_layer
+                dense_parameters=held * every_layer
                 + dense * dense_ffn
                 + moe * moe_ffn
                 + tables * table
@@ -86,104 +127,56 @@ def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
                 expert_parameters=moe * experts,
             )
         )
-    return found
+    return tuple(found)
 
 
-def activation_bytes(job: JobSpec, layout: Layout, micro_batch: int) -> tuple[int, int]:
-    """What one dense and one MoE layer keep of a micro-batch for their backward (sequence parallelism with tp > 1)."""
-    model, element = job.model, element_bytes(job)
-    tokens = micro_batch * job.train.sequence_length // layout.cp  # seen by each tensor-parallel group
-    attention = 2 * model.hidden + _attention_width(model)
-    dense = tokens * element * (attention + 2 * model.hidden + 3 * model.ffn) // layout.tp
-    if not model.is_moe:
-        return dense, 0
-    shared = tokens * element * (attention + 2 * model.hidden + 3 * model.shared_expert_ffn) // layout.tp
-    router = tokens * 4 * 3 * model.experts // layout.tp
-    routed = routed_tokens(job, layout, micro_batch)
-    expert = routed * element * (model.hidden + 3 * model.expert_ffn // layout.etp)
-    return dense, shared + router + round(expert)
-
-
-def routed_tokens(job: JobSpec, layout: Layout, micro_batch: int) -> float:
-    """Token copies that the busiest rank's experts receive of a micro-batch, in one MoE layer.
-
-    Each rank sends top_k copies of its tokens; an expert tensor-parallel group gathers those of all its ranks.
-    """
-    tokens = micro_batch * job.train.sequence_length / (layout.tp * layout.cp)
-    return tokens * job.model.top_k * layout.etp * (EXPERT_LOAD if layout.ep > 1 else 1.0)
-
-
-def estimate_memory(job: JobSpec, layout: Layout, micro_batch: int) -> MemoryEstimate:
+def estimate_memory(workload: Workload, device: Hardware) -> MemoryEstimate:
     """Bytes on a rank of the pipeline stage that holds most."""
-    model, element = job.model, element_bytes(job)
-    device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
-    kept_dense, kept_moe = dense_layer, moe_layer = activation_bytes(job, layout, micro_batch)
-    micro_batches = job.train.global_batch // (layout.dp * micro_batch)
-    tokens = micro_batch * job.train.sequence_length // layout.cp
-    widest = max(model.ffn, model.shared_expert_ffn, model.head_dim * model.heads) // layout.tp
-    largest_weight = max(
-        model.embedding_parameters // layout.tp,
-        2 * model.hidden * model.ffn // layout.tp,
-        2 * model.hidden * model.expert_ffn // layout.etp,
+    return max(stage_memory(workload, device), key=lambda estimate: estimate.total)
+
+
+def stage_memory(workload: Workload, device: Hardware) -> list[MemoryEstimate]:
+    """Bytes on a rank of each pipeline stage, first to last."""
+    model, layout, element = workload.model, workload.layout, workload.element
+    dense = layer_bytes(workload, moe=False) if model.dense_layers else None
+    moe = layer_bytes(workload, moe=True) if model.moe_layers else None
+    kept_dense, kept_moe = (each.kept if each else 0.0 for each in (dense, moe))
+    workspace = _workspace(workload) + max(each.again for each in (dense, moe) if each)
+    logit_bytes = LOGIT_ELEMENTS * element / layout.tp if workload.parallel_loss else FITTED["whole_logit_bytes"]
+    head = max(
+        workload.tokens * model.vocab * logit_bytes,
+        model.embedding_parameters / layout.tp * HEAD_GRADIENT_ELEMENTS * element,
     )
-    workspace = element * (tokens * (2 * model.hidden + 3 * widest) + largest_weight)
-    if job.layout.recompute == "full":
-        # A layer keeps its input; while it is recomputed, one holds all that its backward needs.
-        workspace += max(dense_layer, moe_layer)
-        kept_dense = kept_moe = element * tokens * model.hidden // layout.tp
-    # bf16 keeps fp32 gradients, and an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
-    optimizer_bytes = 12 if job.train.precision == "bf16" else 8
+    # Mixed precision keeps an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
+    optimizer_bytes = 8 if workload.precision == "fp32" else 12
     estimates = []
     for index, stage in enumerate(stages(model, layout)):
         parameters = stage.dense_parameters + stage.expert_parameters
-        shard = stage.dense_parameters / (layout.dp * layout.cp) + stage.expert_parameters / layout.edp
-        shard = min(parameters, shard * job.layout.optimizer_replicas)
-        held = _held(job, parameters, shard)
+        shard = stage.dense_parameters / workload.shards + stage.expert_parameters / workload.expert_shards
+        sharded = workload.zero_stage
+        optimizer = (shard if sharded >= 1 else parameters) * (1 - workload.optimizer_offloaded)
         layers = stage.dense_layers * kept_dense + stage.moe_layers * kept_moe
-        # Logits in the model's precision with their gradient, and the fp32 softmax that the loss keeps.
-        logits = tokens * model.vocab // layout.tp * (2 * element + 4) if stage.is_last else 0
+        # The head's turn is over before a block's begins: the larger of the two counts.
+        logits = head if stage.is_last and head > workspace else 0.0
+        activations = in_flight(layout, index, workload.micro_batches) * layers
+        # A step of the optimizer finds no activations, but makes fp32 copies of its shard of gradients kept in less.
+        step = shard * 4 if workload.gradient_bytes < 4 else 0.0
+        alive = max(0.0 if logits else workspace, step - activations - logits)
         allocated = {
-            "weights": round(held["weights"] * element),
-            "gradients": round(held["gradients"] * 4),
-            "optimizer": round(held["optimizer"] * optimizer_bytes),
-            "activations": round(_in_flight(layout, index, micro_batches) * layers),
+            "weights": 0.0 if workload.weights_offloaded else (parameters if sharded < 3 else shard) * element,
+            "gradients": (parameters if sharded < 2 else shard) * workload.gradient_bytes,
+            "optimizer": optimizer * optimizer_bytes,
+            "activations": activations,
             "logits": logits,
-            "workspace": workspace + _gathered(job, layout) * element,
+            "workspace": alive,
         }
-        slack = round(ALLOCATOR_SLACK * sum(allocated.values()))
-        estimates.append(MemoryEstimate(**allocated, overhead=device.reserved_bytes + slack))
-    return max(estimates, key=lambda estimate: estimate.total)
+        overhead = device.reserved_bytes + FITTED["slack"] * sum(allocated.values())
+        parts = {name: round(value) for name, value in allocated.items()}
+        estimates.append(MemoryEstimate(**parts, overhead=round(overhead)))
+    return estimates
 
 
-def _held(job: JobSpec, parameters: float, shard: float) -> dict[str, float]:
-    """Elements of weights, gradients and optimizer state on the device, of which ZeRO shards the last one to three."""
-    options = job.layout
-    held = {
-        "weights": parameters if options.zero_stage < 3 else shard,
-        "gradients": parameters if options.zero_stage < 2 else shard,
-        "optimizer": parameters if options.zero_stage < 1 else shard,
-    }
-    if job.cluster.device == "cuda":  # a CPU's memory is its device's
-        if options.offload_optimizer != "none":
-            held["optimizer"] = 0
-        if options.offload_parameters != "none":
-            held["weights"] = 0
-    return held
-
-
-def _gathered(job: JobSpec, layout: Layout) -> int:
-    """Elements that ZeRO-3 makes whole at once: a layer's, and by prefetching those of the next."""
-    if job.layout.zero_stage < 3:
-        return 0
-    model = job.model
-    experts = model.experts // layout.ep * model.expert_parameters // layout.etp if model.moe_layers else 0
-    shared = model.router_parameters + model.shared_expert_parameters if model.moe_layers else 0
-    dense = model.ffn_parameters if model.dense_layers else 0
-    layer = (model.attention_parameters + max(dense, shared)) // layout.tp + experts
-    return 2 * max(layer, model.embedding_parameters // layout.tp)
-
-
-def _in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
     """Micro-batches whose activations a stage holds at once, in units of all its layers (Narayanan et al. 2021)."""
     if layout.vpp == 1:
         return min(micro_batches, layout.pp - stage)
@@ -191,14 +184,21 @@ def _in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
     return min(micro_batches * layout.vpp, chunks) / layout.vpp
 
 
-def element_bytes(job: JobSpec) -> int:
-    """Bytes of a weight or an activation."""
-    return 2 if job.train.precision == "bf16" else 4
-
-
-def _attention_width(model: ModelArchitecture) -> int:
-    """Elements a token's attention keeps besides its input: query, key, value, output (and the latent vectors)."""
-    if not model.is_multi_latent:
-        return 2 * (model.heads + model.kv_heads) * model.head_dim
-    latent = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
-    return latent + 2 * model.heads * (model.head_dim + model.rope_head_dim + model.value_head_dim)
+def _workspace(workload: Workload) -> float:
+    """Bytes alive for a moment at the turn from forward to backward, but for what is computed again."""
+    model, layout = workload.model, workload.layout
+    widest = max(model.ffn, model.shared_expert_ffn, model.head_dim * model.heads) / layout.tp
+    matrices = model.gated + 1
+    largest_weight = max(
+        matrices * model.hidden * model.ffn / layout.tp,
+        matrices * model.hidden * model.expert_ffn / layout.etp,
+    )
+    elements = workload.tokens * (2 * model.hidden + (matrices + 1) * widest) + largest_weight
+    if workload.zero_stage == 3:
+        # A layer's weights are made whole, and by prefetching those of the next.
+        experts = model.experts / layout.ep * model.expert_parameters / layout.etp if model.moe_layers else 0.0
+        shared = model.router_parameters + model.shared_expert_parameters if model.moe_layers else 0
+        dense = model.ffn_parameters if model.dense_layers else 0
+        layer = (model.attention_parameters + max(dense, shared)) / layout.tp + experts
+        elements += 2 * max(layer, model.embedding_parameters / layout.tp)
+    return workload.element * elements

@@ -14,7 +14,7 @@ from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, batch_refusal, 
 from parallel.costs import TimeEstimate, estimate_time
 from parallel.hardware import GIB, hardware
 from parallel.layout import ATTENTION_AXES, Layout, divisors
-from parallel.memory import MemoryEstimate, estimate_memory
+from parallel.memory import LIKELY_OUT, MemoryEstimate, estimate_memory
 from parallel.workload import Workload
 
 FEWEST_CONTEXT_TOKENS = 4096
@@ -30,6 +30,8 @@ class Plan:
     micro_batches: int
     """Micro-batches that each rank computes in a step."""
     memory: MemoryEstimate
+    p_out_of_memory: float
+    """That the device's memory does not hold it."""
     time: TimeEstimate
     tokens_per_second: float
     mfu: float | None
@@ -44,6 +46,7 @@ class Plan:
             "step_seconds": self.time.total,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
+            "p_out_of_memory": self.p_out_of_memory,
             "memory_bytes": {**asdict(self.memory), "total": self.memory.total},
             "time_seconds": {**asdict(self.time), "total": self.time.total},
         }
@@ -91,6 +94,7 @@ def plan_job(job: JobSpec) -> Planning:
                 micro_batch=micro_batch,
                 micro_batches=job.train.global_batch // (layout.dp * micro_batch),
                 memory=fits[micro_batch],
+                p_out_of_memory=fits[micro_batch].p_out_of_memory(device.memory_bytes),
                 time=time,
                 tokens_per_second=tokens_per_second,
                 mfu=flops / peak if peak else None,
@@ -191,7 +195,8 @@ class _Search:
             self._reject("micro_batch", "micro_batch", reason)
             return {}
         choices = (fixed,) if fixed else tuple(2**power for power in range((share & -share).bit_length()))
-        limit = hardware(self.job.cluster.hardware, self.job.cluster.devices_per_node).memory_bytes
+        device = hardware(self.job.cluster.hardware, self.job.cluster.devices_per_node)
+        limit = device.memory_bytes
         refusals = {micro_batch: batch_refusal(layout, self.job, share // micro_batch) for micro_batch in choices}
         refused = refusals[choices[0]]
         if refused and all(refusals.values()):
@@ -199,8 +204,8 @@ class _Search:
             return {}
         fits: dict[int, MemoryEstimate] = {}
         for micro_batch in (each for each in choices if not refusals[each]):
-            memory = estimate_memory(self.job, layout, micro_batch)
-            if memory.total > limit:
+            memory = estimate_memory(Workload.of(self.job, layout, micro_batch), device)
+            if memory.p_out_of_memory(limit) > LIKELY_OUT:
                 break
             fits[micro_batch] = memory
         if not fits:

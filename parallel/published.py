@@ -50,6 +50,18 @@ COLUMNS = (
     *("zero_stage", "sp", "recompute", "offload", "attn_kernel", "dispatcher", "routing", "framework"),
 )
 
+_LATENT: dict[str, Any] = {"kv_lora_rank": 512, "rope_head_dim": 64, "value_head_dim": 128, "first_dense_layers": 1}
+MULTI_LATENT = {
+    "deepseekv2": _LATENT | {"q_lora_rank": 1536},
+    "deepseek-v2": _LATENT | {"q_lora_rank": 1536},
+    "deepseekv3-4layers": _LATENT | {"q_lora_rank": 1536},
+    "deepseek-v3": _LATENT | {"q_lora_rank": 1536, "first_dense_layers": 3},
+    "kimi-k2": _LATENT | {"q_lora_rank": 1536},
+    "moonlight": _LATENT,
+}
+"""Of multi-latent attention, by the beginning of a model's name: arXiv 2405.04434, 2412.19437, 2507.20534, 2502.16982
+with their config.json; SimuMax's DeepSeek-V3 of 4 layers has one dense layer, by its published memory."""
+
 
 class UnpricedError(Exception):
     """A row that says too little, or tells of something that the planner does not know; the message says what."""
@@ -94,14 +106,18 @@ class Row:
             recompute=self.recompute,
             attention_kernel=self._attention_kernel(),
             fused_norm=not self.software.startswith("AA-Scaling") or "RMS" in self.cells["attn_kernel"],
+            fused_activation=self.software != "AA-Scaling",
+            # Of its rows with 32,768 tokens a micro-batch and 128,000 logits each all ran out of memory, at tp=4 too.
+            parallel_loss=self.software != "AA-Scaling",
             software=self.software,
             dispatcher="flex" if self.cells["dispatcher"].startswith(("DeepEP", "HybridEP")) else "alltoall",
             load=self._load(),
-            # Megatron-DeepSpeed without ZeRO keeps the whole state on every rank.
-            zero_stage=int(stage[1]) if stage else 0,  # type: ignore[arg-type]
+            # Megatron-DeepSpeed without ZeRO keeps the whole state on every rank; Megatron-Bridge's recipes shard it.
+            zero_stage=int(stage[1]) if stage else int("Bridge" in self.software),  # type: ignore[arg-type]
             optimizer_replicas=replicas,
-            # DeepSpeed's fp16 without ZeRO reduces gradients as they are.
-            gradient_bytes=2 if self.software == "Megatron-DeepSpeed" else 4,
+            # DeepSpeed's fp16 without ZeRO reduces gradients as they are. AA-Scaling does so too: with 13 billion
+            # parameters whole on a rank, 4 bytes and the weights would be all of its 80 GB, and such steps ran.
+            gradient_bytes=2 if self.software in ("Megatron-DeepSpeed", "AA-Scaling") else 4,
             optimizer_offloaded=self._offloaded(),
         )
 
@@ -166,7 +182,8 @@ class Row:
 
     def _model(self) -> ModelArchitecture:
         cells, arch = self.cells, self.cells["arch"]
-        if "mla" in arch or "hybrid" in arch or "sliding" in arch or not arch:
+        latent = next((ranks for name, ranks in MULTI_LATENT.items() if cells["model"].startswith(name)), {})
+        if ("mla" in arch) != bool(latent) or "hybrid" in arch or "sliding" in arch or not arch:
             raise UnpricedError(f"a model of kind '{arch or 'not said'}'")
         experts = self._count("experts", 0)
         try:
@@ -175,8 +192,8 @@ class Row:
                 layers=self._count("layers"),
                 hidden=self._count("hidden"),
                 heads=self._count("heads"),
-                kv_heads=self._count("kv_heads"),
-                head_dim=128 if "qwen3" in cells["model"] else self._count("hidden") // self._count("heads"),
+                kv_heads=self._count("kv_heads", self._count("heads") if latent else None),
+                head_dim=128 if latent or "qwen3" in cells["model"] else self._count("hidden") // self._count("heads"),
                 ffn=self._count("ffn", 0 if experts else None),
                 gated="gelu" not in arch,
                 vocab=self._count("vocab"),
@@ -185,6 +202,7 @@ class Row:
                 expert_ffn=self._count("moe_ffn", 0),
                 shared_expert_ffn=self._count("shared_experts", 0) * self._count("moe_ffn", 0),
                 capacity_factor=1.0 if "token-drop" in cells["routing"] else 0.0,
+                **latent,
             )
         except ValueError as error:
             raise UnpricedError(str(error)) from None

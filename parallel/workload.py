@@ -43,6 +43,10 @@ class Workload:
     attention_kernel: AttentionKernel = "flash"
     fused_norm: bool = True
     """A norm is one kernel; False: each of its operations is one, in fp32."""
+    fused_activation: bool = True
+    """SwiGLU is one kernel; False: the sigmoid's product is written and kept before the gate multiplies it."""
+    parallel_loss: bool = True
+    """The loss is made of each rank's share of the vocabulary; False: of whole logits, in fp32, on every rank."""
     software: str = ""
     """What runs it, as calibrations name it; one that is not known gets arithmetic without residuals."""
     context_attention: Literal["gather", "ring", "ulysses"] = "gather"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from jobs.architecture import ModelArchitecture
-from parallel.hardware import GIB
+from parallel.activations import routed_rows
+from parallel.hardware import GIB, hardware
 from parallel.layout import Layout
-from parallel.memory import estimate_memory, stages
+from parallel.memory import MemoryEstimate, chunk_layers, stages
+from parallel.memory import estimate_memory as estimate
+from parallel.workload import Workload
+
+
+def estimate_memory(job: Any, layout: Layout, micro_batch: int) -> MemoryEstimate:
+    device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
+    return estimate(Workload.of(job, layout, micro_batch), device)
+
 
 # Largest allocated memory of a rank, GiB, of Megatron-LM 0.14 at sequence 4096, micro-batch 1, for cut-down models on
 # 8 GPUs, as recorded by SimuMax (github.com/MooreThreads/SimuMax). One dense layer in the DeepSeek rows is inferred.
@@ -44,7 +54,7 @@ def test_published_measurements(
     job = make_job(model[0], "h200_x8", model_changes=model[1], global_batch=global_batch)
     memory = estimate_memory(job, Layout(**layout), 1)
     allocated = (memory.total - memory.overhead) / GIB
-    assert allocated == pytest.approx(measured, rel=0.05)
+    assert allocated == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "qwen2_57b_a14b", "llama3_8b", "deepseek_v3", "qwen3_30b_a3b"])
@@ -148,3 +158,96 @@ def test_each_zero_stage_shards_one_thing_more(make_job: Any) -> None:
     assert (memory.weights, memory.gradients, memory.optimizer) == (0, shard[1], 0)
     here = estimate_memory(make_job("quickstart", "laptop", away, engine="deepspeed"), Layout(dp=2), 1)
     assert here.weights > 0
+
+
+def test_layers_that_do_not_divide_leave_the_vocabulary_the_shorter_ends(make_job: Any) -> None:
+    assert chunk_layers(61, 16) == [3, *[4] * 13, 3, 3]
+    assert chunk_layers(7, 4) == [2, 2, 2, 1]
+    assert chunk_layers(8, 4) == [2] * 4
+    model: ModelArchitecture = make_job("deepseek_v3").model
+    found = stages(model, Layout(dp=64, pp=4, vpp=4, ep=64))
+    assert sum(stage.dense_layers for stage in found) == 3
+    assert sum(stage.dense_layers + stage.moe_layers for stage in found) == 61
+
+
+def test_deepseek_v3_on_256_gpus(make_job: Any) -> None:
+    """PP4 VPP4 EP64, micro-batch 1: 36.4 GB of weights and gradients, 32.1 of optimizer, 131.0 of activations.
+
+    From NVIDIA's report on Megatron-Core MoE, arXiv 2603.07685, whose activations are those of its own arrangement of
+    stages with multi-token prediction; without that and with even stages 10% fewer are expected.
+    """
+    job = make_job("deepseek_v3", "h200_x8", global_batch=8192, nodes=32)
+    balanced = replace(Workload.of(job, Layout(dp=64, pp=4, vpp=4, ep=64), 1), load="balanced")
+    memory = estimate(balanced, hardware("h200", 8))
+    assert (memory.weights + memory.gradients) / GIB == pytest.approx(36.4, rel=0.02)
+    assert memory.optimizer / GIB == pytest.approx(32.1, rel=0.02)
+    assert memory.activations / GIB == pytest.approx(131.0, rel=0.12)
+
+
+# LLaMA 13B on 64 A100 80 GB, sequences of 2,048, vocabulary of 128,000, sequence parallelism off (Hagemann et al. 2023,
+# arXiv 2311.05610, raw sheets): tp, pp, micro-batch, whole layers recomputed, attention, a kernel for norms, ran out.
+LLAMA_13B = [
+    (1, 2, 1, False, "flash", False, False),
+    (1, 1, 1, False, "flash", False, True),
+    (1, 1, 2, False, "flash", True, True),
+    (2, 1, 2, False, "flash", True, False),
+    (2, 1, 4, False, "flash", False, True),
+    (2, 2, 4, False, "flash", True, False),
+    (2, 2, 8, False, "flash", True, True),
+    (1, 2, 2, True, "fused_softmax", False, False),
+    (1, 2, 1, False, "fused_softmax", False, True),
+]
+
+
+@pytest.mark.parametrize(("tp", "pp", "micro_batch", "full", "attention", "fused_norm", "ran_out"), LLAMA_13B)
+def test_what_ran_out_of_memory(
+    make_job: Any, tp: int, pp: int, micro_batch: int, full: bool, attention: Any, fused_norm: bool, ran_out: bool
+) -> None:
+    shape = {"layers": 40, "hidden": 5120, "heads": 40, "kv_heads": 40, "ffn": 13824, "vocab": 128_000}
+    job = make_job("llama3_8b", model_changes=shape, sequence_length=2048, global_batch=2048)
+    step = replace(
+        Workload.of(job, Layout(tp=tp, pp=pp, dp=64 // tp // pp, sp=False), micro_batch),
+        recompute=frozenset({"layer"} if full else ()),
+        attention_kernel=attention,
+        fused_norm=fused_norm,
+        fused_activation=False,
+        parallel_loss=False,
+        gradient_bytes=2,
+    )
+    device = hardware("a100_80gb", 8)
+    assert (estimate(step, device).p_out_of_memory(device.memory_bytes) > 0.5) == ran_out
+
+
+@pytest.mark.parametrize("module", ["layernorm", "moe_act", "moe", "shared_experts", "mlp", "mla_up_proj", "layer"])
+def test_each_recomputed_module_is_not_kept(make_job: Any, module: str) -> None:
+    step = Workload.of(make_job("deepseek_v3", "h200_x8", nodes=4), Layout(dp=32, ep=32), 1)
+    device = hardware("h200", 8)
+    kept = estimate(step, device).activations
+    assert estimate(replace(step, recompute=frozenset({module})), device).activations < kept
+
+
+def test_two_matrices_keep_less_than_three(make_job: Any) -> None:
+    gated, plain = (
+        estimate_memory(make_job("llama3_8b", "h100_x8", model_changes={"gated": gated}), Layout(), 1).activations
+        for gated in (True, False)
+    )
+    assert gated - plain == 32 * 2 * 4096 * 14336
+
+
+def test_without_sequence_parallelism_norms_are_whole_on_each_rank(make_job: Any) -> None:
+    job = make_job("llama3_8b", "h100_x8")
+    alone, shared = (estimate_memory(job, Layout(tp=2, sp=sp), 1).activations for sp in (False, True))
+    assert alone - shared == 32 * 2 * 4096 * 4 * 4096 // 2
+
+
+def test_the_probability_of_running_out_falls_with_the_device(make_job: Any) -> None:
+    memory = estimate_memory(make_job("llama3_8b", "h100_x8"), Layout(tp=2, dp=4), 1)
+    found = [memory.p_out_of_memory(memory.total + sigmas * memory.spread) for sigmas in (-2, 0, 2)]
+    assert found == pytest.approx([0.97725, 0.5, 0.02275], abs=1e-4)
+
+
+def test_a_capacity_factor_bounds_what_a_rank_receives(make_job: Any) -> None:
+    step = Workload.of(make_job("mixtral_8x7b", "h100_x8"), Layout(dp=8, ep=8), 1)
+    dropping = replace(step, model=step.model.model_copy(update={"capacity_factor": 1.0}))
+    assert routed_rows(step) == pytest.approx(1.25 * routed_rows(dropping))
+    assert routed_rows(dropping) == 2 * 4096
