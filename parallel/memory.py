@@ -115,6 +115,11 @@ def routed_tokens(job: JobSpec, layout: Layout, micro_batch: int) -> float:
 
 def estimate_memory(job: JobSpec, layout: Layout, micro_batch: int) -> MemoryEstimate:
     """Bytes on a rank of the pipeline stage that holds most."""
+    return max(stage_memory(job, layout, micro_batch), key=lambda estimate: estimate.total)
+
+
+def stage_memory(job: JobSpec, layout: Layout, micro_batch: int) -> list[MemoryEstimate]:
+    """Bytes on a rank of each pipeline stage, first to last."""
     model, element = job.model, element_bytes(job)
     device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
     kept_dense, kept_moe = dense_layer, moe_layer = activation_bytes(job, layout, micro_batch)
@@ -152,7 +157,7 @@ def estimate_memory(job: JobSpec, layout: Layout, micro_batch: int) -> MemoryEst
         }
         slack = round(ALLOCATOR_SLACK * sum(allocated.values()))
         estimates.append(MemoryEstimate(**allocated, overhead=device.reserved_bytes + slack))
-    return max(estimates, key=lambda estimate: estimate.total)
+    return estimates
 
 
 def _held(job: JobSpec, parameters: float, shard: float) -> dict[str, float]:
