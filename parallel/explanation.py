@@ -112,7 +112,7 @@ def _turns(chosen: JobSpec) -> Iterator[dict[str, Any]]:
             if value % 2 == 0:
                 yield {name: value // 2}
     yield from ({"recompute": other} for other in _others(layout, "recompute"))
-    yield from ({"zero_stage": other} for other in _others(layout, "zero_stage"))
+    yield from ({"zero_stage": other} for other in _others(layout, "zero_stage") if abs(other - layout.zero_stage) == 1)
 
 
 def _experts_turned(degrees: dict[str, int]) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Which of several model shapes of about equal size a cluster trains fastest (as Pangu Ultra MoE, 2025, chose its own)."""
+"""Which of several model shapes of about equal size a cluster trains fastest (as Pangu Ultra MoE, 2025, was chosen)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.spec import JobSpec
 from parallel.hardware import Hardware
 from parallel.planner import Plan, plan_job
 
-SIZE_TOLERANCE = 0.1
+SIZE_TOLERANCE = 0.05
 """Share by which a shape may have more or fewer parameters than the job's own model and still be compared with it."""
 
 

@@ -72,7 +72,7 @@ def _order(stage: int, stages: int, chunks: int, micro_batches: int) -> list[tup
 
 
 def _forward(index: int, stages: int, chunks: int) -> tuple[Kind, int, int]:
-    """A stage's forward pass number `index`: groups of as many micro-batches as stages go through each chunk in turn."""
+    """A stage's forward pass number `index`: groups of `stages` micro-batches go through each chunk in turn."""
     if chunks == 1:
         return "forward", index, 0
     group, within = divmod(index, stages * chunks)

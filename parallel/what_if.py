@@ -55,8 +55,8 @@ def _with(device: Hardware, key: str, text: str) -> Hardware:
         raise InputError(key, text, f"{name} is a number of {unit or 'no unit'}, not of {wanted.unit}")
     if wanted.value <= 0:
         raise InputError(key, text, "is above 0")
-    value = round(wanted.value) if isinstance(known[name], int) else wanted.value
+    value: Any = round(wanted.value) if isinstance(known[name], int) else wanted.value
     parent, _, leaf = name.rpartition(".")
-    if not parent:
-        return replace(device, **{leaf: value})
-    return replace(device, **{parent: replace(getattr(device, parent), **{leaf: value})})
+    if parent:
+        leaf, value = parent, replace(getattr(device, parent), **{leaf: value})
+    return replace(device, **{leaf: value})
