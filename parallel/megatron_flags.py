@@ -12,9 +12,7 @@ Flag = str | int | float | None
 def megatron_flags(job: JobSpec) -> list[str]:
     """One flag a line, with its value: model, layout and optimisation of a job whose degrees are all given.
 
-    Data, tokenizer, checkpoints and logs are left to add. What training is, as Fivefold's own Megatron engine has it;
-    rows of Megatron's `--vocab-size` are padded to a multiple of 128 * tp unless `--make-vocab-size-divisible-by` says
-    otherwise.
+    Data, tokenizer, checkpoints and logs are left to add. The vocabulary is not padded: a plan's tp divides it.
     """
     flags = _model(job.model) | _layout(job.layout) | _training(job.train, job.layout.micro_batch or 1)
     if job.model.is_moe:

@@ -51,7 +51,7 @@ def what_if(best: Plan, before: Plan | None, own: Hardware, device: Hardware) ->
         print(f"         then {best.layout.label} is best; as it is, nothing fits")
     else:
         print(f"         then {best.layout.label} is best, {_against(best.time.total, before.time.total)}", end=" ")
-        print(f"{before.layout.label}, the best as it is")
+        print(f"that of {before.layout.label}, the best as it is")
 
 
 def explanation(plan: Plan, found: Explanation) -> None:
@@ -69,7 +69,7 @@ def explanation(plan: Plan, found: Explanation) -> None:
     near = found.held_back
     if near is not None and near.plan is not None:
         print(f"\n{bytes_text(near.missing_bytes)} more would allow {near.label}:", end=" ")
-        print(f"{_against(near.plan.time.total, total)} this plan")
+        print(f"{_against(near.plan.time.total, total)} this plan's")
 
 
 def shapes(job: JobSpec, found: Sequence[Shape], top: int, budget: Budget | None) -> None:
@@ -145,6 +145,6 @@ def _obstacle(neighbour: Neighbour) -> str:
 
 
 def _against(seconds: float, other: float) -> str:
-    """Of two steps' lengths: `6% faster than`."""
-    change = other / seconds - 1
-    return f"{change:.1%} faster than" if change >= 0 else f"{-change:.1%} slower than"
+    """Of two steps' lengths: `a step 6.0% shorter than`."""
+    change = seconds / other - 1
+    return f"a step {abs(change):.1%} {'longer' if change > 0 else 'shorter'} than"
