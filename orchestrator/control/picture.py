@@ -59,15 +59,19 @@ def _memory(job: JobSpec, plan: Plan, device: Hardware) -> Iterator[str]:
 
 
 def _timeline(job: JobSpec, plan: Plan) -> Iterator[str]:
-    """A row a stage. What each micro-batch takes is the step's work spread evenly; backward is twice forward."""
+    """A row a stage, as long as the step is predicted to take; of a micro-batch's work, backward is two thirds.
+
+    Recomputed whole, backward is three quarters.
+    """
     layout, parts = plan.layout, asdict(plan.time)
     after = sum(parts.get(name, 0.0) for name in _AT_THE_END)
-    work = (plan.time.total - after - parts["bubble"]) / (plan.micro_batches * layout.vpp)
+    passes = plan.micro_batches * layout.vpp
+    work = (plan.time.total - after) / (passes + layout.pp - 1)
     backward = work * (3 / 4 if job.layout.recompute == "full" else 2 / 3)
     boxes = timeline(layout.pp, layout.vpp, plan.micro_batches, work - backward, backward)
     scheduled = max(box.end for box in boxes)
     scale = _PLOT / (scheduled + after)
-    idle = 1 - work * plan.micro_batches * layout.vpp / scheduled
+    idle = 1 - work * passes / scheduled
     yield f"<h2>One step: {scheduled * 1e3:,.0f} ms of schedule, {idle:.1%} of it idle, then {after * 1e3:,.0f} ms</h2>"
     yield _legend({"forward": _FORWARD, "backward": _BACKWARD, "gradients reduced, optimizer": _AFTER})
     height = layout.pp * (_ROW + _GAP)

@@ -107,6 +107,12 @@ def test_a_picture_shows_every_stage(fivefold: Fivefold, tmp_path: Path) -> None
     answer = fivefold(*JOB, "layout.pp=4", "layout.vpp=2", "layout.recompute=full", "--picture", str(file))
     assert answer.out.splitlines()[-1] == f"picture  {file}"
     text = file.read_text(encoding="utf-8")
+    step = re.search(r"([\d,]+) ms a step", text)
+    spent = re.search(r"One step: ([\d,]+) ms of schedule, [\d.]+% of it idle, then ([\d,]+) ms", text)
+    assert step is not None
+    assert spent is not None
+    predicted, scheduled, after = (int(each.replace(",", "")) for each in (*step.groups(), *spent.groups()))
+    assert scheduled + after == pytest.approx(predicted, abs=1)
     assert "<script" not in text
     assert not re.search(r"(href|src)=", text)
     memory, timeline = (ElementTree.fromstring(found) for found in re.findall(r"<svg.*?</svg>", text, re.DOTALL))
