@@ -97,10 +97,10 @@ def test_every_stage_is_estimated_and_the_fullest_is_the_estimate(make_job: Any)
 def test_a_what_if_changes_one_number() -> None:
     device = hardware("h100", 8)
     assert changed(device, []) == device
-    assert changed(device, ["hardware.memory=141GB"]) == replace(device, memory_bytes=141 * 10**9)
+    assert changed(device, ["hardware.memory=141GB"]).memory_bytes == 141 * 10**9
     assert changed(device, ["hardware.memory_bytes=1e9"]).memory_bytes == 10**9
-    assert changed(device, ["hardware.memory=4TB/s"]) == replace(device, memory_bytes_per_second=4e12)
-    assert changed(device, ["hardware.peak_bf16=1PFLOP/s"]) == replace(device, peak_bf16_flops=1e15)
+    assert changed(device, ["hardware.memory=4TB/s"]).memory_bytes_per_second == 4e12
+    assert changed(device, ["hardware.peak_bf16=1PFLOP/s"]).peak_bf16_flops == 1e15
     both = changed(device, ["hardware.host_link=64GB/s", "hardware.host_link=5us"]).host_link
     assert (both.bytes_per_second, both.latency_seconds) == (64e9, pytest.approx(5e-6))
     for name, value in numbers(device):
