@@ -121,9 +121,7 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
         sends = 2 * network.send(activation, layout.tp * layout.cp * layout.dp) * (1 - ours.sends_hidden)
     host = network.hardware.launch_seconds * ours.launch * cost.kernels
     forward, backward = cost.forward, cost.backward
-    waits = max(0.0, host - forward - cost.collectives_forward) + max(
-        0.0, 2 * host - backward - cost.collectives_backward
-    )
+    waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
     return _Pass(
         compute=forward + backward,
         launch=waits,
@@ -134,6 +132,11 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
         forward=forward + cost.collectives_forward,
         backward=backward + cost.collectives_backward,
     )
+
+
+def _waits(host: float, device: float) -> float:
+    """Seconds that the device waits for a host which runs ahead of it, but not at every moment."""
+    return float((host**3 + device**3) ** (1 / 3) - device)
 
 
 @lru_cache(maxsize=1 << 12)

@@ -107,9 +107,11 @@ def _block(workload: Workload, network: Network, ours: Software) -> Cost:
     volume = workload.element * workload.tokens * workload.model.hidden
     if layout.sp:
         each = 2 * ours.network * network.all_gather(volume, layout.tp, 1)
+        if ours.blocks_overlap:
+            each /= layout.tp  # one chunk of tp has nothing to hide behind
     else:
         each = ours.network * network.all_reduce(volume, layout.tp, 1)
-    return Cost(tensor_forward=each, tensor_backward=each, kernels=4)
+    return Cost(tensor_forward=each, tensor_backward=each, kernels=2)
 
 
 def _attention(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> dict[str, Cost]:
@@ -155,11 +157,11 @@ def _context(workload: Workload, network: Network, ours: Software) -> Cost:
     if workload.context_attention == "ulysses":
         volume = workload.element * workload.tokens * (keys + 2 * model.heads * model.head_dim / layout.tp)
         each = ours.network * network.all_to_all(volume, layout.cp, layout.tp)
-        return Cost(context_forward=each, context_backward=each, kernels=8)
+        return Cost(context_forward=each, context_backward=each, kernels=4)
     each = ours.network * network.all_gather(
         workload.element * workload.tokens * layout.cp * keys, layout.cp, layout.tp
     )
-    return Cost(context_forward=each, context_backward=2 * each, kernels=4)
+    return Cost(context_forward=each, context_backward=2 * each, kernels=2)
 
 
 def _mlp(workload: Workload, hardware: Hardware, network: Network, ours: Software, ffn: int) -> Cost:
@@ -206,7 +208,7 @@ def _experts(workload: Workload, hardware: Hardware, network: Network, ours: Sof
             expert_backward=sent * spread,
             tensor_forward=sent * gathered,
             tensor_backward=sent * gathered,
-            kernels=8,
+            kernels=4,
         ),
         "moe_act": _cost(Seconds(), activation, ours),
     }

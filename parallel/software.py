@@ -33,6 +33,8 @@ class Software:
     """On collectives of gradients and weights."""
     gradients_hidden: float = 1.0
     weights_hidden: float = 1.0
+    blocks_overlap: bool = False
+    """Gathers and scatters of sequence parallelism go chunk by chunk beside the product that they feed or follow."""
     sends_hidden: float = 0.0
     """Of a plain schedule's sends; an interleaved one hides all."""
     step_seconds: float = 0.0
@@ -44,12 +46,18 @@ FACTS = {
     "Megatron-DeepSpeed": Software(gradients_hidden=0.0, weights_hidden=0.0),
     # Its optimizer waits for gradients and gathers weights before the next step (arXiv 2311.05610 names no overlap).
     "AA-Scaling": Software(gradients_hidden=0.0, weights_hidden=0.0),
+    "Megatron-LM 0.14 + TE": Software(),
+    # Megatron-LM's README of the H100 runs names its overlaps: gradients, weights, tensor-parallel blocks, sends.
+    "Megatron-Core r0.8.0": Software(blocks_overlap=True),
+    # Its recipes of dense models set tp_comm_overlap.
+    "Megatron-Core / Megatron-Bridge": Software(blocks_overlap=True),
+    "Megatron-Bridge": Software(blocks_overlap=True),
 }
-"""What is known of software of which steps were measured for calibration; its residuals are in the file."""
+"""What is known of each; residuals, where its steps were measured for calibration, are in the file."""
 
 
 @cache
 def software(name: str) -> Software:
     """Facts and residuals of what is so named; the defaults where nothing is known of it."""
     fitted = json.loads((files("parallel") / "fitted.json").read_text(encoding="utf-8"))["software"]
-    return Software(**fitted[name]) if name in fitted else Software()
+    return Software(**fitted[name]) if name in fitted else FACTS.get(name, Software())

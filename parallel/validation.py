@@ -11,12 +11,13 @@ import argparse
 import csv
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from parallel.costs import estimate_time
+from parallel.layout import divisors
 from parallel.published import Row, UnpricedError, read
 from parallel.workload import Workload
 
@@ -70,18 +71,29 @@ def predict(row: Row) -> Prediction:
 
 
 def candidates(row: Row) -> list[Workload]:
-    """The step that the row tells of; several where it leaves the micro-batch open. May raise UnpricedError."""
-    if row.cells["mbs"]:
-        return [row.workload()]
+    """The step that the row tells of; several where it leaves micro-batch or virtual stages open.
+
+    May raise UnpricedError.
+    """
     found, refused = [], None
-    for micro_batch in (1, 2, 4, 8):
+    for micro_batch in (None,) if row.cells["mbs"] else (1, 2, 4, 8):
         try:
             found.append(row.workload(micro_batch))
         except UnpricedError as error:
             refused = refused or error
     if not found and refused:
         raise refused
-    return found
+    if row.cells["vpp"]:
+        return found
+    return [replace(step, layout=replace(step.layout, vpp=vpp)) for step in found for vpp in _virtual_stages(step)]
+
+
+def _virtual_stages(step: Workload) -> tuple[int, ...]:
+    """That the engine accepts: of equal layers, with micro-batches in whole groups of pp."""
+    layout, layers = step.layout, step.model.layers
+    if layout.pp == 1 or step.micro_batches % layout.pp or layers % layout.pp:
+        return (layout.vpp,)
+    return divisors(layers // layout.pp)
 
 
 def write(predictions: Iterable[Prediction], path: Path) -> None:
