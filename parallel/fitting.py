@@ -83,7 +83,7 @@ def _reached(tried: Hardware, m: int, n: int, k: int) -> float:
     return 2.0 * m * n * k / product.__wrapped__(tried, "bf16", m, n, k)
 
 
-def fit_software(rows: Sequence[tuple[Workload, Hardware, float]], name: str) -> Software:
+def fit_residuals(rows: Sequence[tuple[Workload, Hardware, float]], name: str) -> Point:
     """Residuals that lessen the mean error of the steps of `rows`: the step, its device, the seconds measured."""
     facts = FACTS[name]
 
@@ -93,7 +93,7 @@ def fit_software(rows: Sequence[tuple[Workload, Hardware, float]], name: str) ->
         return float(np.mean(errors))
 
     start = {field: getattr(facts, field) for field in RESIDUALS}
-    return _with(facts, descend(loss, start, RESIDUALS))
+    return descend(loss, start, RESIDUALS)
 
 
 def _with(facts: Software, point: Point) -> Software:
@@ -125,9 +125,7 @@ def main() -> None:
     rows = list(read(given.layouts))
     fitted = {
         "products": {DEVICES[device]: fit_products(operators, device) for device in DEVICES},
-        "software": {
-            name: vars(fit_software(measured, name)) for name in FACTS if (measured := calibration(rows, name))
-        },
+        "software": {name: fit_residuals(measured, name) for name in FACTS if (measured := calibration(rows, name))},
     }
     given.out.write_text(json.dumps(fitted, indent=2) + "\n", encoding="utf-8")
 

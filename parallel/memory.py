@@ -8,6 +8,7 @@ attention that keeps no scores, of recomputation the full one only; 1F1B as in N
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from jobs.architecture import ModelArchitecture
 from jobs.spec import JobSpec
@@ -53,7 +54,8 @@ class Stage:
     """Reduced over EDP."""
 
 
-def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
+@lru_cache(maxsize=1 << 10)
+def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
     """The pipeline's stages, first to last; with virtual stages, which are dealt out in turn.
 
     Layers that are left over go one each to the virtual stages after the first, which has the embedding.
@@ -92,7 +94,7 @@ def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
                 expert_parameters=moe * experts,
             )
         )
-    return found
+    return tuple(found)
 
 
 def activation_bytes(job: JobSpec, layout: Layout, micro_batch: int) -> tuple[int, int]:

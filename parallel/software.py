@@ -7,7 +7,7 @@ to the software that was measured, and what is not named there has none.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
@@ -56,8 +56,14 @@ FACTS = {
 """What is known of each; residuals, where its steps were measured for calibration, are in the file."""
 
 
+NEAREST = {"Megatron-Core": "Megatron-LM 0.14 + TE", "Megatron-Core r0.8.0": "Megatron-LM 0.14 + TE"}
+"""Versions that were not measured for calibration, and the measured one of the same code whose residuals they get."""
+
+
 @cache
 def software(name: str) -> Software:
-    """Facts and residuals of what is so named; the defaults where nothing is known of it."""
+    """Facts of what is so named with its residuals, or its nearest version's; the defaults where it is unknown."""
     fitted = json.loads((files("parallel") / "fitted.json").read_text(encoding="utf-8"))["software"]
-    return Software(**fitted[name]) if name in fitted else FACTS.get(name, Software())
+    facts = FACTS.get(name, Software())
+    residuals = fitted.get(NEAREST.get(name, name), {})
+    return replace(facts, **residuals)

@@ -80,6 +80,7 @@ class Workload:
             dispatcher=options.dispatcher,
             zero_stage=options.zero_stage,
             optimizer_replicas=options.optimizer_replicas,
+            software="Megatron-Core" if job.engine == "megatron" and on_gpu else "",
             optimizer_offloaded=float(on_gpu and options.offload_optimizer != "none"),
             weights_offloaded=on_gpu and options.offload_parameters != "none",
         )

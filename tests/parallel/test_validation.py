@@ -80,6 +80,12 @@ def test_what_is_not_known_has_no_residuals() -> None:
         assert software(name).gradients_hidden == 0
 
 
+def test_a_version_that_was_not_measured_has_its_own_facts_and_the_nearest_ones_residuals() -> None:
+    measured, other = software("Megatron-LM 0.14 + TE"), software("Megatron-Core r0.8.0")
+    assert other.blocks_overlap
+    assert replace(other, blocks_overlap=False) == measured
+
+
 def test_the_fit_finds_what_made_the_measurements() -> None:
     """Steps priced with known residuals, and nothing else, give the residuals back."""
     known = replace(FACTS["AA-Scaling"], compute=1.3, network=1.5)
@@ -87,7 +93,8 @@ def test_the_fit_finds_what_made_the_measurements() -> None:
     steps = [replace(step, layout=Layout(tp=tp, pp=8, dp=64 // tp, sp=False)) for tp in (1, 2, 4, 8)]
     steps += [replace(each, micro_batch=1) for each in steps]
     measured = [(each, device, estimate_time(each, device, known).total) for each in steps]
-    found = fitting.fit_software(measured, "AA-Scaling")
+    residuals: dict[str, Any] = dict(fitting.fit_residuals(measured, "AA-Scaling"))
+    found = replace(FACTS["AA-Scaling"], **residuals)
     for each, _, seconds in measured:
         assert estimate_time(each, device, found).total == pytest.approx(seconds, rel=0.02)
 
