@@ -123,9 +123,17 @@ def main() -> None:
     with given.operators.open(newline="", encoding="utf-8") as file:
         operators = list(csv.DictReader(file))
     rows = list(read(given.layouts))
+    steps = {name: measured for name in FACTS if (measured := calibration(rows, name))}
+    residuals = {name: fit_residuals(measured, name) for name, measured in steps.items()}
+    errors = [
+        abs(np.log(estimate_time(step, device, _with(FACTS[name], residuals[name])).total / seconds))
+        for name, measured in steps.items()
+        for step, device, seconds in measured
+    ]
     fitted = {
         "products": {DEVICES[device]: fit_products(operators, device) for device in DEVICES},
-        "software": {name: fit_residuals(measured, name) for name in FACTS if (measured := calibration(rows, name))},
+        "software": residuals,
+        "spread": round(float(np.exp(np.quantile(errors, 0.9))), 3),
     }
     given.out.write_text(json.dumps(fitted, indent=2) + "\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,15 @@ NEAREST = {"Megatron-Core": "Megatron-LM 0.14 + TE", "Megatron-Core r0.8.0": "Me
 @cache
 def software(name: str) -> Software:
     """Facts of what is so named with its residuals, or its nearest version's; the defaults where it is unknown."""
-    fitted = json.loads((files("parallel") / "fitted.json").read_text(encoding="utf-8"))["software"]
-    facts = FACTS.get(name, Software())
-    residuals = fitted.get(NEAREST.get(name, name), {})
-    return replace(facts, **residuals)
+    return replace(FACTS.get(name, Software()), **_fitted()["software"].get(NEAREST.get(name, name), {}))
+
+
+def spread() -> float:
+    """Factor within which nine of ten steps lie that were fitted on: half an interval."""
+    return float(_fitted()["spread"])
+
+
+@cache
+def _fitted() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((files("parallel") / "fitted.json").read_text(encoding="utf-8"))
+    return found

@@ -19,6 +19,7 @@ import numpy as np
 from parallel.costs import estimate_time
 from parallel.layout import divisors
 from parallel.published import Row, UnpricedError, read
+from parallel.software import spread
 from parallel.workload import Workload
 
 FIELDS = (
@@ -31,9 +32,6 @@ FIELDS = (
     "step_seconds_high",
     "reason",
 )
-SPREAD = 1.15
-"""Half an interval, as a factor: nine of ten steps of the calibrated software lie within (split `calibrate`)."""
-
 LEAST_GROUP = 10
 """Rows of a group that is ranked."""
 
@@ -106,8 +104,8 @@ def write(predictions: Iterable[Prediction], path: Path) -> None:
             if each.step_seconds is not None:
                 line["predicted_step_seconds"] = f"{each.step_seconds:.6g}"
                 line["predicted_tflops_per_gpu"] = f"{each.tflops:.5g}"
-                line["step_seconds_low"] = f"{each.step_seconds / SPREAD:.6g}"
-                line["step_seconds_high"] = f"{each.step_seconds * SPREAD:.6g}"
+                line["step_seconds_low"] = f"{each.step_seconds / spread():.6g}"
+                line["step_seconds_high"] = f"{each.step_seconds * spread():.6g}"
             writer.writerow(line)
 
 
