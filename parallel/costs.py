@@ -1,18 +1,26 @@
-"""How long a training step takes: a first analytical estimate, in seconds, of the slowest stage. Nothing overlaps.
+"""How long a training step takes, in seconds: operator by operator, collective by collective, on the slowest stage.
 
-Compute is model FLOPs at the rate a device achieves, plus the memory traffic and the launches that do not hide behind
-them. Collectives are rings over the slower of the links they cross (Thakur et al. 2005; alpha-beta model). The
-schedule is 1F1B, idle for (p - 1) / (v m) of its work (Narayanan et al. 2021).
+A stage's micro-batch is its layers' operators (operators.py) at the shapes of one rank and their collectives
+(network.py). The schedule is 1F1B, interleaved or not (Narayanan et al. 2021): the slowest stage works without a pause
+but for the time that a micro-batch needs through the others. Data-parallel collectives hide behind one micro-batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from jobs.spec import JobSpec
-from parallel.hardware import Hardware, Link
+from jobs.architecture import ModelArchitecture
+from parallel.hardware import Hardware
+from parallel.layers import Cost, head, layer
 from parallel.layout import Layout
-from parallel.memory import EXPERT_LOAD, Stage, activation_bytes, element_bytes, routed_tokens, stages
+from parallel.memory import Stage, stages
+from parallel.network import Network
+from parallel.software import Software, software
+from parallel.workload import Workload
+
+Costs = tuple[tuple[float, float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,7 @@ class TimeEstimate:
 
     compute: float
     launch: float
+    """The device waiting for the host to start kernels."""
     tensor: float
     """Tensor-parallel collectives, attention's and the experts'."""
     expert: float
@@ -31,8 +40,12 @@ class TimeEstimate:
     """Activations and their gradients between stages."""
     bubble: float
     data: float
-    """Gradients reduced and weights gathered over data-parallel ranks."""
+    """Gradients reduced and weights gathered over data-parallel ranks: what is not hidden."""
     optimizer: float
+    offload: float
+    """Gradients to the host and weights back."""
+    fixed: float
+    """Of a step, whatever its size."""
 
     @property
     def total(self) -> float:
@@ -40,160 +53,144 @@ class TimeEstimate:
 
 
 @dataclass(frozen=True)
-class Network:
-    """The links of a cluster as a group of ranks sees them: `size` ranks, `stride` apart in rank order."""
+class _Pass:
+    """A stage's micro-batch, forward and backward; `forward` and `backward` are their shares of compute and waiting."""
 
-    hardware: Hardware
-    devices_per_node: int
+    compute: float
+    launch: float
+    tensor: float
+    expert: float
+    context: float
+    pipeline: float
+    forward: float
+    backward: float
 
-    def all_gather(self, total_bytes: float, size: int, stride: int) -> float:
-        """Ring all-gather to, or reduce-scatter of, `total_bytes` on each rank: (n-1)/n S/B + (n-1) alpha."""
-        link = self._ring_link(size, stride)
-        return (size - 1) * (total_bytes / size / link.bytes_per_second + link.latency_seconds)
-
-    def all_to_all(self, bytes_per_rank: float, size: int, stride: int) -> float:
-        """Each rank sends `bytes_per_rank` in equal parts, within its node on its link, beyond on the network."""
-        per_node = max(1, min(size, self.devices_per_node // stride))
-        nodes = -(-size // per_node)
-        inside, outside = self.hardware.intra_node, self.hardware.inter_node
-        seconds = (per_node - 1) * (bytes_per_rank / size / inside.bytes_per_second + inside.latency_seconds)
-        if nodes > 1:
-            seconds += bytes_per_rank * (nodes - 1) / nodes / outside.bytes_per_second
-            seconds += (nodes - 1) * outside.latency_seconds
-        return seconds
-
-    def send(self, sent_bytes: float, stride: int) -> float:
-        """One message to the rank `stride` further."""
-        link = self.hardware.intra_node if stride < self.devices_per_node else self.hardware.inter_node
-        return sent_bytes / link.bytes_per_second + link.latency_seconds
-
-    def _ring_link(self, size: int, stride: int) -> Link:
-        """The slowest link of a ring. Groups that cross nodes at once share every port of a node between them."""
-        inside, outside = self.hardware.intra_node, self.hardware.inter_node
-        if size * stride <= self.devices_per_node:
-            return inside
-        sharing = min(self.devices_per_node, stride)
-        bandwidth = outside.bytes_per_second * self.devices_per_node / sharing
-        return Link(outside.latency_seconds, min(bandwidth, inside.bytes_per_second))
+    @property
+    def total(self) -> float:
+        return self.compute + self.launch + self.tensor + self.expert + self.context + self.pipeline
 
 
-def estimate_time(job: JobSpec, layout: Layout, micro_batch: int, hardware: Hardware) -> TimeEstimate:
-    """Seconds of one step, forward to optimizer, on the slowest stage of the pipeline."""
-    network = Network(hardware, job.cluster.devices_per_node)
-    micro_batches = job.train.global_batch // (layout.dp * micro_batch)
-    found = stages(job.model, layout)
-    layers = found[0].dense_layers + found[0].moe_layers
-    tensor_dense, tensor_moe = _tensor_seconds(job, layout, micro_batch, network)
-    all_to_all = _all_to_all_seconds(job, layout, micro_batch, network)
-    activation = element_bytes(job) * micro_batch * job.train.sequence_length * job.model.hidden / layout.cp / layout.tp
-    # Each micro-batch is received once forward and its gradient once backward, sent the same.
-    between = 2 * network.send(activation, layout.tp * layout.cp * layout.dp) if layout.pp > 1 else 0.0
-    between *= layout.vpp  # a micro-batch passes each stage once a virtual stage
-    context_layer = _context_seconds(job, layout, micro_batch, network)
-    # Recomputing a layer is its forward once more: of matrix products a third of what there was, of collectives a half.
-    again = job.layout.recompute == "full"
-    compute_factor, collective_factor = (4 / 3, 1.5) if again else (1.0, 1.0)
-    launch = layers * hardware.layer_launch_seconds
+def estimate_time(workload: Workload, hardware: Hardware, run_by: Software | None = None) -> TimeEstimate:
+    """Seconds of one step, forward to optimizer; `run_by` stands for what is known of workload.software."""
+    ours = run_by or software(workload.software)
+    network = Network(hardware, workload.devices_per_node)
+    layout, micro_batches = workload.layout, workload.micro_batches
+    kinds = _kinds(workload.model, layout)
+    # Layers cost the same however many replicas and stages there are, and are kept by what they depend on.
+    shape = Layout(tp=layout.tp, cp=layout.cp, dp=layout.ep * layout.etp, ep=layout.ep, etp=layout.etp, sp=layout.sp)
+    costs = _parts(replace(workload, layout=shape, global_batch=workload.micro_batch * shape.dp), network, ours)
+    passes = {stage: _pass(workload, stage, costs, network, ours) for stage, _ in kinds}
+    every = sum(number * passes[stage].total for stage, number in kinds)
 
     def of_stage(stage: Stage) -> TimeEstimate:
-        compute = compute_factor * _compute_seconds(job, layout, micro_batch, stage, hardware)
-        tensor = collective_factor * (stage.dense_layers * tensor_dense + stage.moe_layers * tensor_moe)
-        expert = collective_factor * stage.moe_layers * all_to_all
-        context = collective_factor * layers * context_layer
+        one = passes[stage]
+        data, offload = _data(workload, stage, one, hardware, network, ours)
         return TimeEstimate(
-            compute=micro_batches * compute,
-            launch=micro_batches * launch,
-            tensor=micro_batches * tensor,
-            expert=micro_batches * expert,
-            context=micro_batches * context,
-            pipeline=micro_batches * between,
-            bubble=(layout.pp - 1) / layout.vpp * (compute + launch + tensor + expert + context + between),
-            data=_data_seconds(job, layout, stage, network),
-            optimizer=_optimizer_seconds(job, layout, stage, hardware),
+            compute=micro_batches * one.compute,
+            launch=micro_batches * one.launch,
+            tensor=micro_batches * one.tensor,
+            expert=micro_batches * one.expert,
+            context=micro_batches * one.context,
+            pipeline=micro_batches * one.pipeline,
+            bubble=(every - one.total) / layout.vpp,
+            data=data,
+            optimizer=_optimizer(workload, stage, hardware),
+            offload=offload,
+            fixed=ours.step_seconds,
         )
 
-    # Stages of equal shape take equal time: only one of each need be looked at.
-    return max(map(of_stage, dict.fromkeys(found)), key=lambda estimate: estimate.total)
+    return max((of_stage(stage) for stage in passes), key=lambda estimate: estimate.total)
 
 
-def _compute_seconds(job: JobSpec, layout: Layout, micro_batch: int, stage: Stage, hardware: Hardware) -> float:
-    """One micro-batch, forward and backward, on one rank."""
-    model, element = job.model, element_bytes(job)
-    length = job.train.sequence_length
-    layers = stage.dense_layers + stage.moe_layers
-    load = EXPERT_LOAD if layout.ep > 1 else 1.0
-    # A rank's share of tokens is 1 / (tp cp), of dense work likewise; of routed work too, but for uneven load.
-    per_token = (
-        layers * model.attention_flops(length)
-        + stage.dense_layers * model.ffn_flops
-        + stage.moe_layers * (model.router_and_shared_flops + load * model.routed_flops)
-        + stage.is_last * model.head_flops
+@lru_cache(maxsize=1 << 10)
+def _kinds(model: ModelArchitecture, layout: Layout) -> tuple[tuple[Stage, int], ...]:
+    """Stages of equal shape take equal time: one of each, and how many there are."""
+    return tuple(Counter(stages(model, layout)).items())
+
+
+def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours: Software) -> _Pass:
+    dense_layers, moe_layers, heads = stage.dense_layers, stage.moe_layers, stage.is_last
+    cost = Cost(*(dense_layers * dense + moe_layers * moe + heads * last for dense, moe, last in costs))
+    layout = workload.layout
+    # Each micro-batch is received once forward and its gradient once backward; an interleaved schedule hides the sends.
+    sends = 0.0
+    if layout.pp > 1 and layout.vpp == 1:
+        activation = workload.element * workload.tokens * workload.model.hidden / (layout.tp if layout.sp else 1)
+        if not layout.sp and layout.tp > 1:
+            activation /= layout.tp  # scattered over the group and gathered again behind the stage boundary
+        sends = 2 * network.send(activation, layout.tp * layout.cp * layout.dp) * (1 - ours.sends_hidden)
+    host = network.hardware.launch_seconds * ours.launch * cost.kernels
+    forward, backward = cost.forward, cost.backward
+    waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
+    return _Pass(
+        compute=forward + backward,
+        launch=waits,
+        tensor=cost.tensor_forward + cost.tensor_backward,
+        expert=cost.expert_forward + cost.expert_backward,
+        context=cost.context_forward + cost.context_backward,
+        pipeline=sends,
+        forward=forward + cost.collectives_forward,
+        backward=backward + cost.collectives_backward,
     )
-    flops = per_token * micro_batch * length / (layout.tp * layout.cp)
-    dense_bytes, moe_bytes = activation_bytes(job, layout, micro_batch)
-    # What is kept is written, read and met by a gradient of its size that is written and read.
-    traffic = 4.0 * (stage.dense_layers * dense_bytes + stage.moe_layers * moe_bytes)
-    # Each micro-batch's weight gradients are written, read and added to fp32 ones.
-    traffic += (stage.dense_parameters + stage.expert_parameters) * (2 * element + 8)
-    return flops / hardware.achieved_flops(job.train.precision) + traffic / hardware.memory_bytes_per_second
 
 
-def _tensor_seconds(job: JobSpec, layout: Layout, micro_batch: int, network: Network) -> tuple[float, float]:
-    """Tensor-parallel collectives of one dense and one MoE layer, a micro-batch, forward and backward.
-
-    Sequence parallelism (Korthikanti et al. 2022): a block gathers its input and scatters its output forward; backward
-    the same mirrored, and the input once more for the weight gradients: 3 gathers, 2 scatters of s b h. Experts
-    gather the tokens routed to their expert tensor-parallel group instead, and need none again: 2 gathers, 2 scatters.
-    """
-    model, element = job.model, element_bytes(job)
-    block = 0.0
-    if layout.tp > 1:
-        volume = element * micro_batch * job.train.sequence_length * model.hidden / layout.cp
-        block = 5 * network.all_gather(volume, layout.tp, 1)
-    experts = 0.0
-    if model.is_moe and layout.etp > 1:
-        volume = element * routed_tokens(job, layout, micro_batch) * model.hidden
-        experts = 4 * network.all_gather(volume, layout.etp, 1)
-    return 2 * block, block + experts + (block if model.shared_expert_ffn else 0.0)
+def _waits(host: float, device: float) -> float:
+    """Seconds that the device waits for a host which runs ahead of it, but not at every moment."""
+    return float((host**3 + device**3) ** (1 / 3) - device)
 
 
-def _all_to_all_seconds(job: JobSpec, layout: Layout, micro_batch: int, network: Network) -> float:
-    """One MoE layer, a micro-batch: dispatch and combine, forward and backward, of the top_k copies of its tokens."""
-    if layout.ep == 1:
-        return 0.0
-    copies = routed_tokens(job, layout, micro_batch) / layout.etp
-    volume = element_bytes(job) * copies * job.model.hidden
-    return 4 * network.all_to_all(volume, layout.ep, layout.etp)
+@lru_cache(maxsize=1 << 12)
+def _parts(workload: Workload, network: Network, ours: Software) -> Costs:
+    """Each field of Cost: of a dense layer, of an MoE layer, of the head."""
+    hardware = network.hardware
+    parts = (*layer(workload, hardware, network, ours), head(workload, hardware, network, ours))
+    return tuple(zip(*(vars(part).values() for part in parts), strict=True))
 
 
-def _context_seconds(job: JobSpec, layout: Layout, micro_batch: int, network: Network) -> float:
-    """One layer's attention over the ranks that share a sequence, a micro-batch, forward and backward.
-
-    Gathered or passed round, keys and values travel once forward and once more backward, and their gradients back.
-    Ulysses sends queries, keys, values and the output all to all, and the gradients of the four.
-    """
-    if layout.cp == 1:
-        return 0.0
-    model = job.model
-    tokens = micro_batch * job.train.sequence_length
-    keys = 2 * model.kv_heads * model.head_dim / layout.tp
-    if job.layout.context_attention == "ulysses":
-        volume = element_bytes(job) * tokens / layout.cp * (keys + 2 * model.heads * model.head_dim / layout.tp)
-        return 2 * network.all_to_all(volume, layout.cp, layout.tp)
-    return 3 * network.all_gather(element_bytes(job) * tokens * keys, layout.cp, layout.tp)
-
-
-def _data_seconds(job: JobSpec, layout: Layout, stage: Stage, network: Network) -> float:
-    """Distributed optimizer: reduce-scatter of fp32 gradients, all-gather of weights, dense ones and experts' apart."""
-    bytes_each = 4 + element_bytes(job)
+def _data(
+    workload: Workload, stage: Stage, one: _Pass, hardware: Hardware, network: Network, ours: Software
+) -> tuple[float, float]:
+    """What is not hidden of data-parallel collectives, and of the traffic with the host."""
+    layout, stages_apart = workload.layout, workload.zero_stage
     replicas = layout.dp * layout.cp
-    dense = network.all_gather(stage.dense_parameters * bytes_each, replicas, layout.tp)
-    # Replicas of a shard of experts stand a whole expert-parallel group apart.
-    experts = network.all_gather(stage.expert_parameters * bytes_each, layout.edp, layout.etp * layout.ep)
-    return dense + experts
+
+    def both(bytes_each: float, reduce: bool = False) -> float:
+        collective = network.all_reduce if reduce else network.all_gather
+        dense = collective(stage.dense_parameters * bytes_each, replicas, layout.tp)
+        # Replicas of a shard of experts stand a whole expert-parallel group apart.
+        experts = 0.0
+        if stage.expert_parameters:
+            experts = collective(stage.expert_parameters * bytes_each, layout.edp, layout.etp * layout.ep)
+        return ours.data * (dense + experts)
+
+    if stages_apart == 3:
+        # Weights are gathered for forward and again for backward, gradients scattered, of each micro-batch (FSDP).
+        gather, scatter = both(workload.element), both(workload.gradient_bytes)
+        exposed = max(0.0, gather - ours.weights_hidden * one.forward)
+        exposed += max(0.0, gather + scatter - ours.gradients_hidden * one.backward)
+        exposed *= workload.micro_batches
+    else:
+        gradients = both(workload.gradient_bytes, reduce=stages_apart == 0)
+        gradients *= workload.micro_batches if stages_apart == 2 else 1
+        weights = both(workload.element) if stages_apart else 0.0
+        exposed = max(0.0, gradients - ours.gradients_hidden * one.backward)
+        exposed += max(0.0, weights - ours.weights_hidden * one.forward)
+    shard = stage.dense_parameters / workload.shards + stage.expert_parameters / workload.expert_shards
+    share = workload.optimizer_offloaded
+    host = share * shard * (workload.gradient_bytes + workload.element) / hardware.host_link.bytes_per_second
+    host += share * shard * 28 / hardware.host_adam_bytes_per_second
+    if workload.weights_offloaded:
+        traffic = 2 * workload.micro_batches * shard * workload.element
+        host += max(0.0, traffic / hardware.host_link.bytes_per_second - workload.micro_batches * one.total)
+    return exposed, host
 
 
-def _optimizer_seconds(job: JobSpec, layout: Layout, stage: Stage, hardware: Hardware) -> float:
-    """Adam, bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written."""
-    shard = stage.dense_parameters / (layout.dp * layout.cp) + stage.expert_parameters / layout.edp
-    return shard * (28 + element_bytes(job)) / hardware.memory_bytes_per_second
+def _optimizer(workload: Workload, stage: Stage, hardware: Hardware) -> float:
+    """Adam, bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written.
+
+    Before it gradients are read for their norm and scaled.
+    """
+    dense = stage.dense_parameters / (workload.shards if workload.zero_stage else 1)
+    experts = stage.expert_parameters / (workload.expert_shards if workload.zero_stage else 1)
+    bytes_each = (28 + workload.element) * (1 - workload.optimizer_offloaded) + 3 * workload.gradient_bytes
+    return (dense + experts) * bytes_each / hardware.memory_bytes_per_second

@@ -1,15 +1,17 @@
-"""Profiles of devices: how fast they compute, how much they hold, how fast they talk; each with its source.
+"""Profiles of devices: how fast they compute, how much they hold, how fast they talk.
 
-A profile describes one device, that is one rank's share of a machine.
+A profile is a file of parallel/profiles, one device a file, each number with its source. It describes one device, that
+is one rank's share of a machine.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Literal
+from importlib.resources import files
+from typing import Any, Literal
 
 from jobs.errors import InputError, closest
 
@@ -24,143 +26,113 @@ class Link:
     bytes_per_second: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hardware:
-    """One device. FLOP/s are dense; `peak` is None where none is published, and then no MFU is shown."""
+    """One device, equal to itself alone, so that costs are quickly found by it again.
+
+    FLOP/s are dense; a peak is None where none is published, and then no MFU is shown.
+    """
 
     name: str
-    source: str
     memory_bytes: int
     reserved_bytes: int
     """What a rank holds before its first tensor: context, communicators, kernels."""
     memory_bytes_per_second: float
+    """That a kernel which only moves data reaches."""
     peak_bf16_flops: float | None
     peak_fp32_flops: float | None
-    achieved_bf16_flops: float
-    """What matrix products of a layer's size reach, alone."""
-    achieved_fp32_flops: float
-    layer_launch_seconds: float
-    """Fixed cost of one layer's forward and backward, whatever its size: starting its operations."""
-    intra_node: Link
-    inter_node: Link
+    peak_fp8_flops: float | None
+    bf16_flops: float
+    """What a large matrix product reaches, before its shape costs anything."""
+    fp32_flops: float
+    fp8_flops: float
+    processors: int
+    """Streaming multiprocessors, over which the tiles of a product are dealt; 1: tiles cost nothing."""
+    half_depth: float
+    """Inner dimension of a product at which it reaches half of its rate."""
+    tile_128: float
+    """Rate of a tile of 128 x 128 over that of one of 128 x 256."""
+    tile_64: float
+    """The same of 64 x 128."""
+    accumulate: float
+    """Rate of a product that adds to a fp32 sum (weight gradients) over one that writes 16 bits."""
+    attention_forward_flops: float
+    attention_backward_flops: float
+    kernel_seconds: float
+    """That a kernel takes at least, on the device."""
+    launch_seconds: float
+    """That the host takes to start a kernel."""
+    fast_domain: int
+    """Devices joined by fast links; a node's at least."""
+    collective_seconds: float
+    """Fixed cost of a collective within the fast domain."""
+    fast_link: Link
+    network_link: Link
+    """One device's share of the node's ports."""
     host_link: Link
+    host_adam_bytes_per_second: float
+    """Memory traffic of Adam on the host, one device's share."""
 
-    def peak_flops(self, precision: Literal["fp32", "bf16"]) -> float | None:
-        """FLOP/s that MFU is measured against."""
-        return self.peak_bf16_flops if precision == "bf16" else self.peak_fp32_flops
+    def peak_flops(self, precision: Literal["fp32", "fp16", "bf16", "fp8"]) -> float | None:
+        """FLOP/s that MFU is measured against: of bf16 for fp8 too, as the tables have it."""
+        return self.peak_fp32_flops if precision == "fp32" else self.peak_bf16_flops
 
-    def achieved_flops(self, precision: Literal["fp32", "bf16"]) -> float:
-        return self.achieved_bf16_flops if precision == "bf16" else self.achieved_fp32_flops
+    def product_flops(self, precision: Literal["fp32", "fp16", "bf16", "fp8"]) -> float:
+        """FLOP/s of a large matrix product."""
+        return {"fp32": self.fp32_flops, "fp8": self.fp8_flops}.get(precision, self.bf16_flops)
 
 
-def _gpu(
-    name: str,
-    source: str,
-    *,
-    memory_gib: int,
-    memory_bandwidth: float,
-    peak_bf16: float,
-    peak_fp32: float,
-    nvlink: float,
-    network: float,
-) -> Hardware:
-    """A GPU of an SXM board with a network port of its own.
+_LINKS = ("fast_link", "network_link", "host_link")
+_FOLDER = files("parallel") / "profiles"
 
-    memory_gib: what torch reports as total. Efficiencies that all of them share: matrix products of a layer's size
-    reach 60% of the bf16 peak (an 8192-cubed one 79% on an H200, Mixtral's two-layer step 50% in all) and 85% of the
-    fp32 one; eager kernels of one layer take about a millisecond to launch.
-    """
-    return Hardware(
-        name=name,
-        source=source,
-        memory_bytes=memory_gib * GIB,
-        reserved_bytes=2 * GIB,
-        memory_bytes_per_second=memory_bandwidth,
-        peak_bf16_flops=peak_bf16,
-        peak_fp32_flops=peak_fp32,
-        achieved_bf16_flops=0.6 * peak_bf16,
-        achieved_fp32_flops=0.85 * peak_fp32,
-        layer_launch_seconds=1e-3,
-        intra_node=Link(4e-6, nvlink),
-        inter_node=Link(12e-6, network),
-        host_link=Link(10e-6, 55e9),
+
+@cache
+def profile_names() -> tuple[str, ...]:
+    """Those that are shipped."""
+    return tuple(
+        sorted(entry.name.removesuffix(".json") for entry in _FOLDER.iterdir() if entry.name.endswith(".json"))
     )
 
 
-def _a100_80gb(devices_per_node: int) -> Hardware:
-    return _gpu(
-        "a100_80gb",
-        "NVIDIA A100 datasheet; all-reduce bus bandwidth 220 GB/s at 1 GB over 4 GPUs (vTrain traces); HDR 200 Gb/s",
-        memory_gib=79,
-        memory_bandwidth=2.039e12,
-        peak_bf16=312e12,
-        peak_fp32=19.5e12,
-        nvlink=220e9,
-        network=21e9,
-    )
-
-
-def _h100(devices_per_node: int) -> Hardware:
-    return _gpu(
-        "h100",
-        "NVIDIA H100 SXM datasheet; all-to-all of 470 MB on 8, 16, 32, 64: 1.3, 5.8, 8.1, 9.2 ms (arXiv 2603.07685)",
-        memory_gib=79,
-        memory_bandwidth=3.35e12,
-        peak_bf16=989.5e12,
-        peak_fp32=67e12,
-        nvlink=330e9,
-        network=46e9,
-    )
-
-
-def _h200(devices_per_node: int) -> Hardware:
-    return _gpu(
-        "h200",
-        "NVIDIA H200 SXM datasheet; two GPUs measured: all-reduce 311, all-to-all 298, all-gather 254 GB/s",
-        memory_gib=139,
-        memory_bandwidth=4.8e12,
-        peak_bf16=989.5e12,
-        peak_fp32=67e12,
-        nvlink=300e9,
-        network=46e9,
-    )
-
-
-def _laptop_cpu(devices_per_node: int) -> Hardware:
-    """This machine, its memory and cores divided by its ranks. Rates of one core measured with torch 2.13."""
-    cores_per_rank = min(1.0, (os.cpu_count() or 1) / devices_per_node)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices_per_node
-    loopback = Link(0.5e-3, 1e9)
-    return Hardware(
-        name="laptop_cpu",
-        source="one server core, torch 2.13: 512 x 128 x 512 products at 75 (fp32) and 1.3 (bf16) GFLOP/s; "
-        "gloo on loopback, 4 ranks on 2 cores: all-reduce 4.8 ms at 1 KB, 17 ms at 8 MB",
-        memory_bytes=memory,
-        reserved_bytes=GIB // 2,
-        memory_bytes_per_second=5e9 * cores_per_rank,
-        peak_bf16_flops=None,
-        peak_fp32_flops=None,
-        achieved_bf16_flops=1.3e9 * cores_per_rank,
-        achieved_fp32_flops=75e9 * cores_per_rank,
-        layer_launch_seconds=3e-3 / cores_per_rank,
-        intra_node=loopback,
-        inter_node=Link(0.5e-3, 0.11e9),
-        host_link=Link(0.0, 5e9),
-    )
-
-
-_PROFILES: dict[str, Callable[[int], Hardware]] = {
-    "laptop_cpu": _laptop_cpu,
-    "a100_80gb": _a100_80gb,
-    "h100": _h100,
-    "h200": _h200,
-}
+def read_profile(text: str, where: str) -> Hardware:
+    """The profile of a file's text. InputError that names all that is missing: numbers, and numbers' sources."""
+    try:
+        given: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise InputError(where, None, f"is no JSON: {error}") from None
+    wanted = [field.name for field in fields(Hardware) if field.name != "name"]
+    missing = [name for name in wanted if name not in given]
+    missing += [f"{name}.source" for name in wanted if name in given and not given[name].get("source")]
+    missing += [f"{name}.value" for name in wanted if name in given and "value" not in given[name]]
+    if "name" not in given:
+        missing.insert(0, "name")
+    if missing:
+        raise InputError(where, None, f"lacks {', '.join(missing)}")
+    values = {name: given[name]["value"] for name in wanted}
+    values.update({name: Link(*values[name]) for name in _LINKS})
+    return Hardware(name=given["name"], **values)
 
 
 @cache
 def hardware(name: str, devices_per_node: int) -> Hardware:
     """The profile of one of `devices_per_node` devices of a machine. InputError for a name that is not known."""
-    if name not in _PROFILES:
-        rule = f"unknown hardware; known: {', '.join(_PROFILES)}"
-        raise InputError("cluster.hardware", name, rule, closest(name, _PROFILES))
-    return _PROFILES[name](devices_per_node)
+    if name not in profile_names():
+        rule = f"unknown hardware; known: {', '.join(profile_names())}"
+        raise InputError("cluster.hardware", name, rule, closest(name, profile_names()))
+    found = read_profile((_FOLDER / f"{name}.json").read_text(encoding="utf-8"), f"{name}.json")
+    return _share_of_this_machine(found, devices_per_node) if name == "laptop_cpu" else found
+
+
+def _share_of_this_machine(core: Hardware, ranks: int) -> Hardware:
+    """The machine's memory and cores divided by its ranks; `core` has the rates of one core."""
+    cores = min(1.0, (os.cpu_count() or 1) / ranks)
+    return replace(
+        core,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks,
+        memory_bytes_per_second=core.memory_bytes_per_second * cores,
+        bf16_flops=core.bf16_flops * cores,
+        fp32_flops=core.fp32_flops * cores,
+        attention_forward_flops=core.attention_forward_flops * cores,
+        attention_backward_flops=core.attention_backward_flops * cores,
+        launch_seconds=core.launch_seconds / cores,
+    )

@@ -8,6 +8,7 @@ attention that keeps no scores, of recomputation the full one only; 1F1B as in N
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from jobs.architecture import ModelArchitecture
 from jobs.spec import JobSpec
@@ -53,10 +54,16 @@ class Stage:
     """Reduced over EDP."""
 
 
-def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
-    """The pipeline's stages, first to last, each of layers / pp layers; with virtual stages, dealt out in turn."""
-    per_stage = model.layers // layout.pp
-    per_chunk = per_stage // layout.vpp
+@lru_cache(maxsize=1 << 10)
+def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
+    """The pipeline's stages, first to last; with virtual stages, which are dealt out in turn.
+
+    Layers that are left over go one each to the virtual stages after the first, which has the embedding.
+    """
+    parts = layout.pp * layout.vpp
+    per_chunk, over = divmod(model.layers, parts)
+    starts = [per_chunk * part + min(over, max(0, part - 1)) for part in range(parts + 1)]
+    starts[-1] = model.layers
     every_layer = (
         model.attention_split_parameters // layout.tp + model.attention_replicated_parameters + model.norm_parameters
     )
@@ -68,8 +75,9 @@ def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
     found = []
     for index in range(layout.pp):
         is_first, is_last = index == 0, index == layout.pp - 1
-        chunks = range(index, layout.pp * layout.vpp, layout.pp)
-        dense = sum(min(per_chunk, max(0, model.dense_layers - chunk * per_chunk)) for chunk in chunks)
+        held = [(starts[part], starts[part + 1]) for part in range(index, parts, layout.pp)]
+        per_stage = sum(end - start for start, end in held)
+        dense = sum(max(0, min(end, model.dense_layers) - start) for start, end in held)
         moe = per_stage - dense
         # The head is a table of its own; tied, the last stage still needs its copy unless it is the first as well.
         tables = is_first + (is_last and not (is_first and model.tied_embeddings))
@@ -86,7 +94,7 @@ def stages(model: ModelArchitecture, layout: Layout) -> list[Stage]:
                 expert_parameters=moe * experts,
             )
         )
-    return found
+    return tuple(found)
 
 
 def activation_bytes(job: JobSpec, layout: Layout, micro_batch: int) -> tuple[int, int]:

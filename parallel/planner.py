@@ -15,6 +15,7 @@ from parallel.costs import TimeEstimate, estimate_time
 from parallel.hardware import GIB, Hardware, hardware
 from parallel.layout import ATTENTION_AXES, Layout, divisors
 from parallel.memory import MemoryEstimate, estimate_memory
+from parallel.workload import Workload
 
 FEWEST_CONTEXT_TOKENS = 4096
 """Of a sequence that a rank is given where cp is not fixed: with fewer, exchanging keys costs more than it divides."""
@@ -96,7 +97,7 @@ def device_of(job: JobSpec) -> Hardware:
 
 def price(job: JobSpec, layout: Layout, micro_batch: int, memory: MemoryEstimate, device: Hardware) -> Plan:
     """A layout and micro-batch, whose memory is known, with what they cost."""
-    time = estimate_time(job, layout, micro_batch, device)
+    time = estimate_time(Workload.of(job, layout, micro_batch), device)
     tokens_per_second = job.train.global_batch * job.train.sequence_length / time.total
     peak = device.peak_flops(job.train.precision)
     flops = job.model.flops_per_token(job.train.sequence_length) * tokens_per_second / layout.world

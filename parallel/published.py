@@ -8,14 +8,16 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError
+from parallel.hardware import Hardware, Link, hardware
 from parallel.layout import Layout
-from parallel.workload import Load, Precision, Workload
+from parallel.workload import AttentionKernel, Load, Precision, Workload
 
 MODEL_COLUMNS = (
     "layers",
@@ -29,6 +31,17 @@ MODEL_COLUMNS = (
     "moe_ffn",
     "shared_experts",
 )
+PROFILES = {
+    "A100-80GB-SXM": "a100_80gb",
+    "A800-80GB": "a100_80gb",
+    "A100-40GB-SXM": "a100_40gb",
+    "H100-80GB-SXM": "h100",
+    "H200": "h200",
+    "B200-180GB": "b200",
+    "GB200 (NVL72)": "gb200_nvl72",
+}
+"""Of devices, as the file calls them."""
+
 LAYOUT_COLUMNS = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
 COLUMNS = (
     *("row_id", "model", "arch", "seq_len", "gbs", "mbs", "gpus", "gpu_type", "gpus_per_node", "precision"),
@@ -79,19 +92,63 @@ class Row:
             precision=self._precision(),
             devices_per_node=self._count("gpus_per_node"),
             recompute=self.recompute,
-            fused_attention=self.cells["attn_kernel"] != "torch",
+            attention_kernel=self._attention_kernel(),
+            fused_norm=not self.software.startswith("AA-Scaling") or "RMS" in self.cells["attn_kernel"],
+            software=self.software,
             dispatcher="flex" if self.cells["dispatcher"].startswith(("DeepEP", "HybridEP")) else "alltoall",
             load=self._load(),
             # Megatron-DeepSpeed without ZeRO keeps the whole state on every rank.
             zero_stage=int(stage[1]) if stage else 0,  # type: ignore[arg-type]
             optimizer_replicas=replicas,
+            # DeepSpeed's fp16 without ZeRO reduces gradients as they are.
+            gradient_bytes=2 if self.software == "Megatron-DeepSpeed" else 4,
             optimizer_offloaded=self._offloaded(),
         )
 
     @property
-    def hardware(self) -> str:
-        """The row's device, as it is called in the file."""
-        return self.cells["gpu_type"]
+    def device(self) -> Hardware:
+        """The profile of the row's device. UnpricedError where there is none."""
+        name = PROFILES.get(self.cells["gpu_type"])
+        if name is None:
+            raise UnpricedError(f"no profile of {self.cells['gpu_type'] or 'a device that is not said'}")
+        found = hardware(name, self._count("gpus_per_node"))
+        ports = re.search(r"inter-node (\d+) Gb/s", self.cells.get("inferred_fields", ""))
+        if ports is None:
+            return found
+        # Of what ports carry, 85% is reached, as on H100s (all-to-all of 470 MB, arXiv 2603.07685).
+        return _with_ports(found, 0.85 * int(ports[1]) * 1e9 / 8 / self._count("gpus_per_node"))
+
+    @property
+    def step_seconds(self) -> float | None:
+        """As measured, or as follows from measured tokens a second; None where the row has neither."""
+        seconds, tokens = self.number("iter_time_s"), self.number("tokens_s_gpu")
+        if seconds or not tokens or not self.cells["gbs"] or not self.cells["seq_len"]:
+            return seconds
+        return self._count("gbs") * self._count("seq_len") / (tokens * self._count("gpus"))
+
+    @property
+    def tflops(self) -> float | None:
+        """As measured, a device's; from the share of its peak where only that is given."""
+        share = self.number("mfu_pct")
+        peak = self.device.peak_bf16_flops
+        return self.number("tflops_gpu") or (share / 100 * peak / 1e12 if share and peak else None)
+
+    def flops_per_token(self, step: Workload) -> float:
+        """By the row's convention: Megatron-Core's formula counted attention whole until 0.9.
+
+        Megatron-Bridge's rows, whose tokens a second are known, agree with the causal half.
+        """
+        flops = float(step.model.flops_per_token(step.sequence_length))
+        if self.software in ("Megatron-Core r0.8.0", "Megatron-Core", "InternEvo") and not self.number("tokens_s_gpu"):
+            flops += step.model.layers * 6.0 * step.sequence_length * step.model.heads * step.model.head_dim
+        if self.cells.get("tflops_kind", "").startswith("hardware") and step.recompute == {"layer"}:
+            flops *= 4 / 3
+        return flops
+
+    @property
+    def software(self) -> str:
+        """What ran it, by the name of its calibration."""
+        return self.cells["framework"].partition(" (")[0]
 
     @property
     def recompute(self) -> frozenset[str]:
@@ -137,12 +194,23 @@ class Row:
             axis: self._count(axis, None if axis in ("tp", "pp", "dp") else 1) for axis in LAYOUT_COLUMNS
         }
         try:
-            layout = Layout(**degrees, sp=False if self.cells["sp"] == "no" else None)
+            # Megatron-DeepSpeed is older than sequence parallelism.
+            alone = self.cells["sp"] == "no" or self.software == "Megatron-DeepSpeed"
+            layout = Layout(**degrees, sp=False if alone or degrees["tp"] == 1 else None)
         except InputError as error:
             raise UnpricedError(str(error)) from None
         if layout.world != self._count("gpus"):
             raise UnpricedError(f"tp*cp*dp*pp={layout.world} is not gpus={self.cells['gpus']}")
         return layout
+
+    def _attention_kernel(self) -> AttentionKernel:
+        text = self.cells["attn_kernel"]
+        if text.startswith("flash_attentionv1"):
+            return "flash1"
+        if text == "torch":
+            return "unfused"
+        # Megatron's of 2022 writes scores and normalises them in one kernel.
+        return "fused_softmax" if text == "fused" or self.software == "Megatron-DeepSpeed" else "flash"
 
     def _precision(self) -> Precision:
         text = self.cells["precision"].lower()
@@ -166,6 +234,11 @@ class Row:
         if not text and default is None:
             raise UnpricedError(f"{column} is not published")
         return int(float(text)) if text else default or 0
+
+
+@cache
+def _with_ports(found: Hardware, bytes_per_second: float) -> Hardware:
+    return replace(found, network_link=Link(found.network_link.latency_seconds, bytes_per_second))
 
 
 def read(path: Path) -> Iterator[Row]:

@@ -19,6 +19,10 @@ Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 Load = Literal["balanced", "natural", "p99"]
 """How unevenly tokens are routed: forced even; as trained with a balancing loss; as in one step of a hundred."""
 
+AttentionKernel = Literal["flash", "flash1", "fused_softmax", "unfused"]
+"""Keep no scores: FlashAttention 2 and later (cuDNN's, SDPA's too), FlashAttention 1; or write them: with a fused
+softmax, or with each of scaling, masking, softmax and dropout in a kernel of its own."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -36,8 +40,11 @@ class Workload:
 
     recompute: frozenset[str] = field(default_factory=frozenset)
     """Modules that backward computes again, by jobs.spec.RecomputedModule; `{"layer"}` is whole layers."""
-    fused_attention: bool = True
-    """Attention that keeps no scores (flash, SDPA); False: scores and probabilities are written and kept."""
+    attention_kernel: AttentionKernel = "flash"
+    fused_norm: bool = True
+    """A norm is one kernel; False: each of its operations is one, in fp32."""
+    software: str = ""
+    """What runs it, as calibrations name it; one that is not known gets arithmetic without residuals."""
     context_attention: Literal["gather", "ring", "ulysses"] = "gather"
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
     load: Load = "natural"
@@ -73,9 +80,15 @@ class Workload:
             dispatcher=options.dispatcher,
             zero_stage=options.zero_stage,
             optimizer_replicas=options.optimizer_replicas,
+            software="Megatron-Core" if job.engine == "megatron" and on_gpu else "",
             optimizer_offloaded=float(on_gpu and options.offload_optimizer != "none"),
             weights_offloaded=on_gpu and options.offload_parameters != "none",
         )
+
+    @property
+    def fused_attention(self) -> bool:
+        """Attention that keeps no scores."""
+        return self.attention_kernel in ("flash", "flash1")
 
     @property
     def micro_batches(self) -> int:

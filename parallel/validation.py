@@ -1,0 +1,179 @@
+"""`python -m parallel.validation TABLE.csv --out predictions.csv`: the planner's predictions beside measurements.
+
+Rows are priced by the same functions as plans. Printed by source and split: the mean and median error and the median
+bias of step times; and in groups of comparable rows the regret of the layout that is predicted to be fastest, how often
+the best is among the first three, and the rank correlation (Spearman's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from parallel.costs import estimate_time
+from parallel.layout import divisors
+from parallel.published import Row, UnpricedError, read
+from parallel.software import spread
+from parallel.workload import Workload
+
+FIELDS = (
+    "row_id",
+    "predicted_step_seconds",
+    "predicted_tflops_per_gpu",
+    "predicted_memory_bytes",
+    "p_out_of_memory",
+    "step_seconds_low",
+    "step_seconds_high",
+    "reason",
+)
+LEAST_GROUP = 10
+"""Rows of a group that is ranked."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one row; `step_seconds` is None where it could not be priced, and `reason` says why."""
+
+    row: Row
+    step_seconds: float | None = None
+    tflops: float | None = None
+    reason: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted over measured seconds of a step, or measured over predicted FLOP/s where the row has no others."""
+        if self.step_seconds is None:
+            return None
+        if seconds := self.row.step_seconds:
+            return self.step_seconds / seconds
+        measured = self.row.tflops
+        return measured / self.tflops if measured and self.tflops else None
+
+
+def predict(row: Row) -> Prediction:
+    """What the planner says of a row; where its micro-batch is not published, of the fastest."""
+    try:
+        device = row.device
+        steps = [(estimate_time(step, device).total, step) for step in candidates(row)]
+    except UnpricedError as error:
+        return Prediction(row, reason=str(error))
+    seconds, step = min(steps, key=lambda pair: pair[0])
+    flops = row.flops_per_token(step) * step.global_batch * step.sequence_length
+    return Prediction(row, seconds, flops / seconds / step.layout.world / 1e12)
+
+
+def candidates(row: Row) -> list[Workload]:
+    """The step that the row tells of; several where it leaves micro-batch or virtual stages open.
+
+    May raise UnpricedError.
+    """
+    found, refused = [], None
+    for micro_batch in (None,) if row.cells["mbs"] else (1, 2, 4, 8):
+        try:
+            found.append(row.workload(micro_batch))
+        except UnpricedError as error:
+            refused = refused or error
+    if not found and refused:
+        raise refused
+    if row.cells["vpp"]:
+        return found
+    return [replace(step, layout=replace(step.layout, vpp=vpp)) for step in found for vpp in _virtual_stages(step)]
+
+
+def _virtual_stages(step: Workload) -> tuple[int, ...]:
+    """That the engine accepts: of equal layers, with micro-batches in whole groups of pp."""
+    layout, layers = step.layout, step.model.layers
+    if layout.pp == 1 or step.micro_batches % layout.pp or layers % layout.pp:
+        return (layout.vpp,)
+    return divisors(layers // layout.pp)
+
+
+def write(predictions: Iterable[Prediction], path: Path) -> None:
+    """One line a row, in the order of the table; what is not predicted is empty."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        for each in predictions:
+            line: dict[str, object] = {"row_id": each.row.row_id, "reason": each.reason}
+            if each.step_seconds is not None:
+                line["predicted_step_seconds"] = f"{each.step_seconds:.6g}"
+                line["predicted_tflops_per_gpu"] = f"{each.tflops:.5g}"
+                line["step_seconds_low"] = f"{each.step_seconds / spread():.6g}"
+                line["step_seconds_high"] = f"{each.step_seconds * spread():.6g}"
+            writer.writerow(line)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Of a group of comparable rows: what the layout chosen loses against the best, its place, and the correlation."""
+
+    regret: float
+    place: int
+    correlation: float
+
+
+def rank(predicted: Sequence[float], measured: Sequence[float]) -> Ranking:
+    """Seconds predicted and measured of each layout. `place` is where the best layout stands among the predicted."""
+    order = np.argsort(predicted, kind="stable")
+    best = int(np.argmin(measured))
+    places = [np.argsort(np.argsort(seconds, kind="stable")).astype(float) for seconds in (predicted, measured)]
+    return Ranking(
+        regret=float(measured[int(order[0])] / measured[best] - 1),
+        place=int(np.flatnonzero(order == best)[0]) + 1,
+        correlation=float(np.corrcoef(places[0], places[1])[0, 1]),
+    )
+
+
+def summary(predictions: Sequence[Prediction]) -> list[str]:
+    """Lines of text: each source and split, then each group."""
+    lines = [f"{'source':<24}{'split':<10}{'rows':>5}{'priced':>7}{'mean':>8}{'median':>8}{'bias':>8}{'worst':>8}"]
+    by_source: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
+    by_group: dict[str, list[Prediction]] = defaultdict(list)
+    for each in predictions:
+        by_source[each.row.cells["source_id"], each.row.cells["split"]].append(each)
+        if each.row.cells["sweep_group"] and each.ratio and each.row.step_seconds:
+            by_group[each.row.cells["sweep_group"]].append(each)
+    for (source, split), found in sorted(by_source.items()):
+        errors = np.array([each.ratio - 1 for each in found if each.ratio])
+        head = f"{source:<24}{split:<10}{len(found):>5}{sum(each.step_seconds is not None for each in found):>7}"
+        if len(errors):
+            absolute = np.abs(errors)
+            figures = (absolute.mean(), np.median(absolute), np.median(errors), absolute.max())
+            head += "".join(f"{value:>8.1%}" for value in figures)
+        lines.append(head)
+    rankings: dict[tuple[str, str], list[Ranking]] = defaultdict(list)
+    for found in by_group.values():
+        if len(found) >= LEAST_GROUP:
+            ranked = rank([e.step_seconds or 0.0 for e in found], [e.row.step_seconds or 0.0 for e in found])
+            rankings[found[0].row.cells["source_id"], found[0].row.cells["split"]].append(ranked)
+    lines.append(f"{'ranking':<24}{'split':<10}{'groups':>7}{'regret':>8}{'worst':>8}{'top 3':>7}{'rank':>7}")
+    for (source, split), each_group in sorted(rankings.items()):
+        regrets = [ranked.regret for ranked in each_group]
+        within = sum(ranked.place <= 3 for ranked in each_group) / len(each_group)
+        correlation = float(np.mean([ranked.correlation for ranked in each_group]))
+        lines.append(
+            f"{source:<24}{split:<10}{len(each_group):>7}{np.mean(regrets):>8.1%}{max(regrets):>8.1%}"
+            f"{within:>7.0%}{correlation:>7.2f}"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    predictions = [predict(row) for row in read(given.table)]
+    if given.out:
+        write(predictions, given.out)
+    print("\n".join(summary(predictions)))
+
+
+if __name__ == "__main__":
+    main()
