@@ -124,3 +124,20 @@ def test_overlapped_blocks_leave_a_chunk_to_wait_for() -> None:
     alone = estimate_time(step, device, Software())
     beside = estimate_time(step, device, Software(blocks_overlap=True))
     assert beside.tensor == pytest.approx(alone.tensor / 8)
+
+
+def test_a_table_of_steps_alone_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without what was measured, by whom, and for what."""
+    table, out = tmp_path / "steps.csv", tmp_path / "predictions.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerow(row().cells)
+    assert validation.main([str(table), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["-", "-", "1", "1"]
+    assert "gpt" in out.read_text()
+
+
+def test_a_table_that_is_none_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validation.main([str(tmp_path / "nowhere.csv")]) == 2
+    assert "nowhere.csv: cannot be read" in capsys.readouterr().err

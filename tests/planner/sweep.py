@@ -55,6 +55,7 @@ MEASURED = (
     "mem_gb",
     "mem_kind",
     "status",
+    "sweep_group",
     "notes",
 )
 
@@ -134,12 +135,14 @@ def rows(ranks: Ranks, number: int, job: JobSpec) -> Iterator[dict[str, Any]]:
     """What is known of a layout: two rows, of each routing; one where it does not fit."""
     layout, model, train = Layout.of(job.layout), job.model, job.train
     said = {
+        "split": "validate",
+        "source_id": "fivefold-h200",
         "row_id": f"fivefold-h200-{number:04}", "model": "mixtral-8x7b-6layers", "arch": "moe-gqa",
         "layers": model.layers,
         "hidden": model.hidden, "ffn": model.ffn or model.expert_ffn, "heads": model.heads, "kv_heads": model.kv_heads,
         "vocab": model.vocab, "experts": model.experts, "topk": model.top_k, "moe_ffn": model.expert_ffn,
         "shared_experts": 0, "seq_len": train.sequence_length, "gbs": train.global_batch, "mbs": job.layout.micro_batch,
-        "gpus": layout.world, "gpu_type": "H200-141GB-SXM", "gpus_per_node": 2, "precision": "bf16",
+        "gpus": layout.world, "gpu_type": "H200", "gpus_per_node": 2, "precision": "bf16",
         **{axis: layout.degree(axis) for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}, "zero_stage": "1",
         "sp": "yes" if layout.sp else "no", "dispatcher": "alltoall", "attn_kernel": "fused",
         "recompute": {"selective": f"selective: {','.join(job.layout.recompute_modules)}"}.get(
@@ -165,6 +168,7 @@ def rows(ranks: Ranks, number: int, job: JobSpec) -> Iterator[dict[str, Any]]:
         worst = max((of_rank[routing] for of_rank in of_ranks), key=lambda found: found["allocated"])
         yield said | {
             "row_id": said["row_id"] + ("" if routing == "natural" else "-balanced"),
+            "sweep_group": f"{said['model']}/{routing}",
             "routing": routing,
             "iter_time_s": round(seconds, 5),
             "tflops_gpu": round(achieved / 1e12, 2),
@@ -188,7 +192,7 @@ def main() -> int:
     chosen = list(enumerate(layouts(compose.compose("mixtral_8x7b", JOB)), 1))[part - 1 :: parts]
     print(f"{len(chosen)} layouts", flush=True)
     with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, (*COLUMNS, *MEASURED))
+        writer = csv.DictWriter(file, ("split", "source_id", *COLUMNS, *MEASURED))
         writer.writeheader()
         for number, job in chosen:
             for found in rows(ranks, number, job):
