@@ -11,12 +11,8 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 demo: $(VENV)/.ready
 	$(BIN)/fivefold run quickstart layout.tp=2 layout.ep=2 fault.kill_rank=3 fault.at_step=50
 
-# The end-to-end tests wait for processes most of their time: all others run beside them, and give way to them.
 test: lint
-	@told=$$(mktemp); $(BIN)/python -m pytest tests/e2e >$$told 2>&1 & e2e=$$!; \
-	trap "kill $$e2e 2>/dev/null; rm -f $$told" EXIT; \
-	nice -n 10 $(BIN)/python -m pytest --ignore tests/e2e; others=$$?; \
-	wait $$e2e; e2e=$$?; cat $$told; exit $$((others || e2e))
+	$(BIN)/python -m pytest
 
 # Longer suites, run before a release.
 test-slow: $(VENV)/.ready

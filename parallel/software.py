@@ -42,6 +42,9 @@ class Software:
     """Of a step, whatever its size: logging, loss scale, the optimizer's small kernels."""
 
 
+OURS = "Fivefold on Megatron-Core 0.16.1"
+"""What `fivefold run` trains with where engine=megatron."""
+
 FACTS = {
     # Of 2022, before its distributed optimizer: gradients are reduced when the last micro-batch is done.
     "Megatron-DeepSpeed": Software(gradients_hidden=0.0, weights_hidden=0.0),
@@ -50,6 +53,8 @@ FACTS = {
     "Megatron-LM 0.14 + TE": Software(),
     # Megatron-LM's README of the H100 runs names its overlaps: gradients, weights, tensor-parallel blocks, sends.
     "Megatron-Core r0.8.0": Software(blocks_overlap=True),
+    # Reduces gradients when the last micro-batch is done, and gathers weights before the next step.
+    OURS: Software(gradients_hidden=0.0, weights_hidden=0.0),
     # Its recipes of dense models set tp_comm_overlap.
     "Megatron-Core / Megatron-Bridge": Software(blocks_overlap=True),
     "Megatron-Bridge": Software(blocks_overlap=True),
@@ -57,7 +62,7 @@ FACTS = {
 """What is known of each; residuals, where its steps were measured for calibration, are in the file."""
 
 
-NEAREST = {"Megatron-Core": "Megatron-LM 0.14 + TE", "Megatron-Core r0.8.0": "Megatron-LM 0.14 + TE"}
+NEAREST = dict.fromkeys(("Megatron-Core", "Megatron-Core r0.8.0", OURS), "Megatron-LM 0.14 + TE")
 """Versions that were not measured for calibration, and the measured one of the same code whose residuals they get."""
 
 
