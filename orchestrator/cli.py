@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from jobs.errors import CombinedInputError, InputError, closest
@@ -53,22 +53,10 @@ def _answer(arguments: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace) -> Answer:
-    from jobs import compose
-    from orchestrator.control import session, tables
-    from parallel import planner
+    from orchestrator.control import planning
 
-    job = compose.compose(options.job, options.overrides)
-    planning = planner.plan_job(job)
-    session.with_weights(job, here=False)
-    if not options.json:
-        tables.planning(job, planning, options.top)
-    return {
-        "job": job.name,
-        "cluster": job.cluster.model_dump(),
-        "considered": planning.considered,
-        "plans": [plan.as_dict() for plan in planning.plans[: options.top]],
-        "rejections": [asdict(rejection) for rejection in planning.rejections],
-    }, DONE
+    asked = {field.name: getattr(options, field.name) for field in fields(planning.Questions) if field.name != "quiet"}
+    return planning.answer(options.job, options.overrides, planning.Questions(**asked, quiet=options.json)), DONE
 
 
 def _resolved(options: argparse.Namespace, *, here: bool) -> tuple[Any, Any]:
@@ -351,6 +339,19 @@ def _parser() -> tuple[_Parser, list[str]]:
 
     plan = verb("plan", _plan, "rank the layouts of a job; needs no GPU, no Ray, no torch", "job", "overrides")
     plan.add_argument("--top", type=_count, default=10, metavar="N", help="layouts shown (default: 10)")
+    for name, metavar, text in (
+        ("--format", "ENGINE", "the best plan alone: megatron, Megatron-LM's flags; deepspeed, a DeepSpeed config"),
+        ("--tokens", "N", "days to train on them: 1T, 300B, 2e12"),
+        ("--price", "P", "of a device for an hour: adds the cost to the days"),
+        ("--picture", "FILE.html", "memory by pipeline stage and the timeline of a step, as a page"),
+    ):
+        plan.add_argument(name, metavar=metavar, help=text)
+    for name, metavar, text in (
+        ("--what-if", "hardware.FIELD=VALUE", "plan with other hardware: hardware.memory=141GB; may be repeated"),
+        ("--sweep", "model.FIELD=V,V", "rank shapes as large as the job's model instead of layouts; may be repeated"),
+    ):
+        plan.add_argument(name, metavar=metavar, help=text, action="append", default=[])
+    plan.add_argument("--explain", action="store_true", help="where the time goes, and what each change would do")
     verb("exact", _exact, "hold the job's layout, on a small model here, against one device", "job", "overrides")
     verb("run", _run, "train here, in the foreground", "job", "overrides")
     verb("submit", _submit, "train on the Ray cluster at RAY_ADDRESS; prints the run id", "job", "overrides")

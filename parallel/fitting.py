@@ -83,17 +83,22 @@ def _reached(tried: Hardware, m: int, n: int, k: int) -> float:
     return 2.0 * m * n * k / product.__wrapped__(tried, "bf16", m, n, k)
 
 
-def fit_software(rows: Sequence[tuple[Workload, Hardware, float]], name: str) -> Software:
+def fit_residuals(rows: Sequence[tuple[Workload, Hardware, float]], name: str) -> Point:
     """Residuals that lessen the mean error of the steps of `rows`: the step, its device, the seconds measured."""
     facts = FACTS[name]
 
     def loss(point: Point) -> float:
-        tried = replace(facts, **point)
+        tried = _with(facts, point)
         errors = [abs(np.log(estimate_time(step, device, tried).total / seconds)) for step, device, seconds in rows]
         return float(np.mean(errors))
 
     start = {field: getattr(facts, field) for field in RESIDUALS}
-    return replace(facts, **descend(loss, start, RESIDUALS))
+    return descend(loss, start, RESIDUALS)
+
+
+def _with(facts: Software, point: Point) -> Software:
+    changes: dict[str, Any] = dict(point)
+    return replace(facts, **changes)
 
 
 def calibration(rows: Sequence[Row], name: str) -> list[tuple[Workload, Hardware, float]]:
@@ -104,7 +109,7 @@ def calibration(rows: Sequence[Row], name: str) -> list[tuple[Workload, Hardware
         if row.cells["split"] == "calibrate" and row.software == name and seconds:
             try:
                 found.append((row.workload(), row.device, seconds))
-            except UnpricedError:
+            except UnpricedError:  # it is not priced in validation either
                 continue
     return found
 
@@ -118,9 +123,17 @@ def main() -> None:
     with given.operators.open(newline="", encoding="utf-8") as file:
         operators = list(csv.DictReader(file))
     rows = list(read(given.layouts))
+    steps = {name: measured for name in FACTS if (measured := calibration(rows, name))}
+    residuals = {name: fit_residuals(measured, name) for name, measured in steps.items()}
+    errors = [
+        abs(np.log(estimate_time(step, device, _with(FACTS[name], residuals[name])).total / seconds))
+        for name, measured in steps.items()
+        for step, device, seconds in measured
+    ]
     fitted = {
         "products": {DEVICES[device]: fit_products(operators, device) for device in DEVICES},
-        "software": {name: vars(fit_software(calibration(rows, name), name)) for name in FACTS},
+        "software": residuals,
+        "spread": round(float(np.exp(np.quantile(errors, 0.9))), 3),
     }
     given.out.write_text(json.dumps(fitted, indent=2) + "\n", encoding="utf-8")
 

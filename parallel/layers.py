@@ -107,6 +107,8 @@ def _block(workload: Workload, network: Network, ours: Software) -> Cost:
     volume = workload.element * workload.tokens * workload.model.hidden
     if layout.sp:
         each = 2 * ours.network * network.all_gather(volume, layout.tp, 1)
+        if ours.blocks_overlap:
+            each /= layout.tp  # one chunk of tp has nothing to hide behind
     else:
         each = ours.network * network.all_reduce(volume, layout.tp, 1)
     return Cost(tensor_forward=each, tensor_backward=each, kernels=2)

@@ -82,21 +82,16 @@ class Stage:
     """Reduced over EDP."""
 
 
-def chunk_layers(layers: int, chunks: int) -> list[int]:
-    """Layers of each virtual stage in the order of the model, as even as they can be.
-
-    Where they do not divide, the first and the last, which hold the vocabulary, are among those with one less.
-    """
-    each, extra = divmod(layers, chunks)
-    first = 1 if extra < chunks - 1 else 0
-    return [each + (extra > 0 and first <= index < first + extra) for index in range(chunks)]
-
-
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 10)
 def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
-    """The pipeline's stages, first to last; virtual stages are dealt out in turn."""
-    counts = chunk_layers(model.layers, layout.pp * layout.vpp)
-    starts = [sum(counts[:index]) for index in range(len(counts))]
+    """The pipeline's stages, first to last; with virtual stages, which are dealt out in turn.
+
+    Layers that are left over go one each to the virtual stages after the first, which has the embedding.
+    """
+    parts = layout.pp * layout.vpp
+    per_chunk, over = divmod(model.layers, parts)
+    starts = [per_chunk * part + min(over, max(0, part - 1)) for part in range(parts + 1)]
+    starts[-1] = model.layers
     every_layer = (
         model.attention_split_parameters // layout.tp + model.attention_replicated_parameters + model.norm_parameters
     )
@@ -108,10 +103,10 @@ def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
     found = []
     for index in range(layout.pp):
         is_first, is_last = index == 0, index == layout.pp - 1
-        chunks = range(index, layout.pp * layout.vpp, layout.pp)
-        held = sum(counts[chunk] for chunk in chunks)
-        dense = sum(min(counts[chunk], max(0, model.dense_layers - starts[chunk])) for chunk in chunks)
-        moe = held - dense
+        held = [(starts[part], starts[part + 1]) for part in range(index, parts, layout.pp)]
+        per_stage = sum(end - start for start, end in held)
+        dense = sum(max(0, min(end, model.dense_layers) - start) for start, end in held)
+        moe = per_stage - dense
         # The head is a table of its own; tied, the last stage still needs its copy unless it is the first as well.
         tables = is_first + (is_last and not (is_first and model.tied_embeddings))
         found.append(
@@ -119,7 +114,7 @@ def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
                 dense_layers=dense,
                 moe_layers=moe,
                 is_last=is_last,
-                dense_parameters=held * every_layer
+                dense_parameters=per_stage * every_layer
                 + dense * dense_ffn
                 + moe * moe_ffn
                 + tables * table

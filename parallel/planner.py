@@ -12,7 +12,7 @@ from jobs.errors import InputError
 from jobs.spec import DEGREES, JobSpec
 from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, batch_refusal, check_job, refusal
 from parallel.costs import TimeEstimate, estimate_time
-from parallel.hardware import GIB, hardware
+from parallel.hardware import GIB, Hardware, hardware
 from parallel.layout import ATTENTION_AXES, Layout, divisors
 from parallel.memory import LIKELY_OUT, MemoryEstimate, estimate_memory
 from parallel.workload import Workload
@@ -72,40 +72,48 @@ class Planning:
     considered: int
 
 
-def plan_job(job: JobSpec) -> Planning:
+def plan_job(job: JobSpec, device: Hardware | None = None) -> Planning:
     """Every layout of the job on its cluster that the engine runs and memory holds; fixed degrees are kept.
 
     The product of tp, cp, dp and pp is the number of the cluster's devices, or less where the job fixes all four.
-    InputError where nothing is left: why, class by class, and the nearest choice that runs.
+    `device` is a profile to plan with in place of the cluster's own. InputError where nothing is left: why, class by
+    class, and the nearest choice that runs.
     """
     check_job(job)
-    device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
-    search = _Search(job)
+    search = _Search(job, device or device_of(job))
     plans = []
     for layout, fits in search.fitting():
-        timed = [(estimate_time(Workload.of(job, layout, micro_batch), device), micro_batch) for micro_batch in fits]
-        time, micro_batch = min(timed, key=lambda pair: (pair[0].total, pair[1]))
-        tokens_per_second = job.train.global_batch * job.train.sequence_length / time.total
-        peak = device.peak_flops(job.train.precision)
-        flops = job.model.flops_per_token(job.train.sequence_length) * tokens_per_second / layout.world
-        plans.append(
-            Plan(
-                layout=layout,
-                micro_batch=micro_batch,
-                micro_batches=job.train.global_batch // (layout.dp * micro_batch),
-                memory=fits[micro_batch],
-                p_out_of_memory=fits[micro_batch].p_out_of_memory(device.memory_bytes),
-                time=time,
-                tokens_per_second=tokens_per_second,
-                mfu=flops / peak if peak else None,
-            )
-        )
+        priced = [price(job, layout, micro_batch, memory, search.device) for micro_batch, memory in fits.items()]
+        plans.append(min(priced, key=lambda plan: (plan.time.total, plan.micro_batch)))
     rejections = tuple(sorted(search.rejections.values(), key=lambda rejection: -rejection.count))
     if not plans:
-        raise _nothing_runs(job, rejections)
+        raise _nothing_runs(search, rejections)
     # Of equals, the layout that cuts the model least.
     plans.sort(key=lambda plan: (plan.time.total, plan.layout.pp, plan.layout.tp, plan.layout.etp, plan.layout.ep))
     return Planning(tuple(plans), rejections, len(plans) + sum(rejection.count for rejection in rejections))
+
+
+def device_of(job: JobSpec) -> Hardware:
+    """The profile of the job's devices."""
+    return hardware(job.cluster.hardware, job.cluster.devices_per_node)
+
+
+def price(job: JobSpec, layout: Layout, micro_batch: int, memory: MemoryEstimate, device: Hardware) -> Plan:
+    """A layout and micro-batch, whose memory is known, with what they cost."""
+    time = estimate_time(Workload.of(job, layout, micro_batch), device)
+    tokens_per_second = job.train.global_batch * job.train.sequence_length / time.total
+    peak = device.peak_flops(job.train.precision)
+    flops = job.model.flops_per_token(job.train.sequence_length) * tokens_per_second / layout.world
+    return Plan(
+        layout=layout,
+        micro_batch=micro_batch,
+        micro_batches=job.train.global_batch // (layout.dp * micro_batch),
+        memory=memory,
+        p_out_of_memory=memory.p_out_of_memory(device.memory_bytes),
+        time=time,
+        tokens_per_second=tokens_per_second,
+        mfu=flops / peak if peak else None,
+    )
 
 
 def resolve(job: JobSpec, plan: Plan) -> JobSpec:
@@ -117,10 +125,10 @@ def resolve(job: JobSpec, plan: Plan) -> JobSpec:
 class _Search:
     """One enumeration of a job's layouts; `rejections` is whole once `fitting` is exhausted."""
 
-    def __init__(self, job: JobSpec) -> None:
-        self.job = job
+    def __init__(self, job: JobSpec, device: Hardware) -> None:
+        self.job, self.device = job, device
         self.rejections: dict[str, Rejection] = {}
-        self._nearest_miss: int | None = None
+        self.nearest_miss: MemoryEstimate | None = None
 
     def fitting(self) -> Iterator[tuple[Layout, dict[int, MemoryEstimate]]]:
         """Layouts that run, each with the micro-batches that fit."""
@@ -195,8 +203,7 @@ class _Search:
             self._reject("micro_batch", "micro_batch", reason)
             return {}
         choices = (fixed,) if fixed else tuple(2**power for power in range((share & -share).bit_length()))
-        device = hardware(self.job.cluster.hardware, self.job.cluster.devices_per_node)
-        limit = device.memory_bytes
+        limit = self.device.memory_bytes
         refusals = {micro_batch: batch_refusal(layout, self.job, share // micro_batch) for micro_batch in choices}
         refused = refusals[choices[0]]
         if refused and all(refusals.values()):
@@ -204,7 +211,7 @@ class _Search:
             return {}
         fits: dict[int, MemoryEstimate] = {}
         for micro_batch in (each for each in choices if not refusals[each]):
-            memory = estimate_memory(Workload.of(self.job, layout, micro_batch), device)
+            memory = estimate_memory(Workload.of(self.job, layout, micro_batch), self.device)
             if memory.p_out_of_memory(limit) > LIKELY_OUT:
                 break
             fits[micro_batch] = memory
@@ -214,14 +221,15 @@ class _Search:
                 f"which has {limit / GIB:.1f} GiB"
             )
             self._reject("memory", None, reason)
-            if self._nearest_miss is None or memory.total < self._nearest_miss:
-                self._nearest_miss = memory.total
+            if self.nearest_miss is None or memory.total < self.nearest_miss.total:
+                self.nearest_miss = memory
                 self.rejections["memory"] = replace(self.rejections["memory"], example=reason)
         return fits
 
 
-def _nothing_runs(job: JobSpec, rejections: tuple[Rejection, ...]) -> InputError:
-    nearest = _nearest_layouts(job)
+def _nothing_runs(search: _Search, rejections: tuple[Rejection, ...]) -> InputError:
+    job = search.job
+    nearest = _nearest_layouts(search)
     changed = {axis for change in nearest for axis in change}
     # What blames a degree to be changed is said first.
     ordered = sorted(rejections, key=lambda rejection: rejection.axis not in (*changed, None))
@@ -230,31 +238,40 @@ def _nothing_runs(job: JobSpec, rejections: tuple[Rejection, ...]) -> InputError
     else:
         classes = "; ".join(f"{rejection.example} ({rejection.key}: {rejection.count})" for rejection in ordered)
         why = f"no layout on {job.cluster.devices} devices runs: {classes}"
+    if search.nearest_miss is not None:
+        why += f"; of that {_largest_parts(search.nearest_miss)}"
     if changed:
         blamed = next((rejection.axis for rejection in ordered if rejection.axis in nearest[0]), None)
         axis = blamed or next(iter(nearest[0]))
         shown = [" ".join(f"{name}={degree}" for name, degree in change.items()) for change in nearest]
         return InputError(f"layout.{axis}", getattr(job.layout, axis), why, " or ".join(shown))
-    cluster = _nearest_cluster(job, any(rejection.key == "memory" for rejection in rejections))
+    cluster = _nearest_cluster(search)
     if cluster is None:
         return InputError("cluster", job.cluster.name, why)
     field, value = cluster
     return InputError(f"cluster.{field}", getattr(job.cluster, field), why, f"{field}={value}")
 
 
-def _nearest_layouts(job: JobSpec) -> list[dict[str, int]]:
+def _largest_parts(memory: MemoryEstimate) -> str:
+    """The three that hold most."""
+    parts = sorted(asdict(memory).items(), key=lambda part: -part[1])[:3]
+    return ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in parts)
+
+
+def _nearest_layouts(search: _Search) -> list[dict[str, int]]:
     """Changes to the fewest of the job's fixed degrees, by the smallest factors, with which it runs; [] if none help.
 
     At most three, nearest first.
     """
+    job = search.job
     fixed = {axis: degree for axis in (*DEGREES, "micro_batch") if (degree := getattr(job.layout, axis)) is not None}
     for number in range(1, len(fixed) + 1):
         found: dict[tuple[tuple[str, int], ...], float] = {}
         # Of equally near choices the one that leaves the first degrees (tp before etp) as they are.
         for freed in itertools.combinations(reversed(fixed), number):
             relaxed = job.layout.model_copy(update=dict.fromkeys(freed))
-            search = _Search(job.model_copy(update={"layout": relaxed}))
-            for layout, fits in search.fitting():
+            freer = _Search(job.model_copy(update={"layout": relaxed}), search.device)
+            for layout, fits in freer.fitting():
                 for micro_batch in fits:
                     degrees = {**layout.as_dict(), "micro_batch": micro_batch}
                     change = tuple((axis, int(degrees[axis])) for axis in fixed if axis in freed)
@@ -264,16 +281,20 @@ def _nearest_layouts(job: JobSpec) -> list[dict[str, int]]:
     return []
 
 
-def _nearest_cluster(job: JobSpec, short_of_memory: bool) -> tuple[str, int] | None:
-    """Field of ClusterSpec to change and its nearest value that runs: more nodes for memory, else fewer devices."""
-    cluster = job.cluster
-    if short_of_memory:
-        choices = [("nodes", cluster.nodes * 2**power) for power in range(1, 7)]
+def _nearest_cluster(search: _Search) -> tuple[str, int] | None:
+    """Field of ClusterSpec to change and its nearest value that runs: more nodes for memory, else fewer devices.
+
+    More nodes are 2, 3, 4, 6, 8, 12, ... 64 times as many.
+    """
+    cluster = search.job.cluster
+    if search.nearest_miss is not None:
+        factors = sorted({2**power for power in range(1, 7)} | {3 * 2**power for power in range(5)})
+        choices = [("nodes", cluster.nodes * factor) for factor in factors]
     else:
         choices = [("nodes", nodes) for nodes in range(cluster.nodes - 1, 0, -1)]
         choices += [("devices_per_node", devices) for devices in range(cluster.devices_per_node - 1, 0, -1)]
     for field, value in choices:
-        resized = job.model_copy(update={"cluster": cluster.model_copy(update={field: value})})
-        if next(_Search(resized).fitting(), None):
+        resized = search.job.model_copy(update={"cluster": cluster.model_copy(update={field: value})})
+        if next(_Search(resized, search.device).fitting(), None):
             return field, value
     return None

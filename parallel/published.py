@@ -77,6 +77,11 @@ class Row:
     def row_id(self) -> str:
         return self.cells["row_id"]
 
+    @property
+    def source(self) -> tuple[str, str]:
+        """Who measured it, and the part of the table that it belongs to, where these are said."""
+        return self.cells.get("source_id", "-"), self.cells.get("split", "-")
+
     def number(self, column: str) -> float | None:
         """What was measured, or None where the cell is empty."""
         text = self.cells.get(column, "")

@@ -7,9 +7,10 @@ to the software that was measured, and what is not named there has none.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,50 @@ class Software:
     """On collectives of gradients and weights."""
     gradients_hidden: float = 1.0
     weights_hidden: float = 1.0
+    blocks_overlap: bool = False
+    """Gathers and scatters of sequence parallelism go chunk by chunk beside the product that they feed or follow."""
     sends_hidden: float = 0.0
     """Of a plain schedule's sends; an interleaved one hides all."""
     step_seconds: float = 0.0
     """Of a step, whatever its size: logging, loss scale, the optimizer's small kernels."""
 
 
+OURS = "Fivefold on Megatron-Core 0.16.1"
+"""What `fivefold run` trains with where engine=megatron."""
+
 FACTS = {
     # Of 2022, before its distributed optimizer: gradients are reduced when the last micro-batch is done.
     "Megatron-DeepSpeed": Software(gradients_hidden=0.0, weights_hidden=0.0),
     # Its optimizer waits for gradients and gathers weights before the next step (arXiv 2311.05610 names no overlap).
     "AA-Scaling": Software(gradients_hidden=0.0, weights_hidden=0.0),
+    "Megatron-LM 0.14 + TE": Software(),
+    # Megatron-LM's README of the H100 runs names its overlaps: gradients, weights, tensor-parallel blocks, sends.
+    "Megatron-Core r0.8.0": Software(blocks_overlap=True),
+    # Reduces gradients when the last micro-batch is done, and gathers weights before the next step.
+    OURS: Software(gradients_hidden=0.0, weights_hidden=0.0),
+    # Its recipes of dense models set tp_comm_overlap.
+    "Megatron-Core / Megatron-Bridge": Software(blocks_overlap=True),
+    "Megatron-Bridge": Software(blocks_overlap=True),
 }
-"""What is known of software of which steps were measured for calibration; its residuals are in the file."""
+"""What is known of each; residuals, where its steps were measured for calibration, are in the file."""
+
+
+NEAREST = dict.fromkeys(("Megatron-Core", "Megatron-Core r0.8.0", OURS), "Megatron-LM 0.14 + TE")
+"""Versions that were not measured for calibration, and the measured one of the same code whose residuals they get."""
 
 
 @cache
 def software(name: str) -> Software:
-    """Facts and residuals of what is so named; the defaults where nothing is known of it."""
-    fitted = json.loads((files("parallel") / "fitted.json").read_text(encoding="utf-8"))["software"]
-    return Software(**fitted[name]) if name in fitted else Software()
+    """Facts of what is so named with its residuals, or its nearest version's; the defaults where it is unknown."""
+    return replace(FACTS.get(name, Software()), **_fitted()["software"].get(NEAREST.get(name, name), {}))
+
+
+def spread() -> float:
+    """Factor within which nine of ten steps lie that were fitted on: half an interval."""
+    return float(_fitted()["spread"])
+
+
+@cache
+def _fitted() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((files("parallel") / "fitted.json").read_text(encoding="utf-8"))
+    return found

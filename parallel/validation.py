@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from jobs.errors import InputError
 from parallel.costs import estimate_time
+from parallel.layout import divisors
 from parallel.published import Row, UnpricedError, read
+from parallel.software import spread
 from parallel.workload import Workload
 
 FIELDS = (
@@ -30,9 +34,6 @@ FIELDS = (
     "step_seconds_high",
     "reason",
 )
-SPREAD = 1.15
-"""Half an interval, as a factor: nine of ten steps of the calibrated software lie within (split `calibrate`)."""
-
 LEAST_GROUP = 10
 """Rows of a group that is ranked."""
 
@@ -70,18 +71,29 @@ def predict(row: Row) -> Prediction:
 
 
 def candidates(row: Row) -> list[Workload]:
-    """The step that the row tells of; several where it leaves the micro-batch open. May raise UnpricedError."""
-    if row.cells["mbs"]:
-        return [row.workload()]
+    """The step that the row tells of; several where it leaves micro-batch or virtual stages open.
+
+    May raise UnpricedError.
+    """
     found, refused = [], None
-    for micro_batch in (1, 2, 4, 8):
+    for micro_batch in (None,) if row.cells["mbs"] else (1, 2, 4, 8):
         try:
             found.append(row.workload(micro_batch))
         except UnpricedError as error:
             refused = refused or error
     if not found and refused:
         raise refused
-    return found
+    if row.cells["vpp"]:
+        return found
+    return [replace(step, layout=replace(step.layout, vpp=vpp)) for step in found for vpp in _virtual_stages(step)]
+
+
+def _virtual_stages(step: Workload) -> tuple[int, ...]:
+    """That the engine accepts: of equal layers, with micro-batches in whole groups of pp."""
+    layout, layers = step.layout, step.model.layers
+    if layout.pp == 1 or step.micro_batches % layout.pp or layers % layout.pp:
+        return (layout.vpp,)
+    return divisors(layers // layout.pp)
 
 
 def write(predictions: Iterable[Prediction], path: Path) -> None:
@@ -94,8 +106,8 @@ def write(predictions: Iterable[Prediction], path: Path) -> None:
             if each.step_seconds is not None:
                 line["predicted_step_seconds"] = f"{each.step_seconds:.6g}"
                 line["predicted_tflops_per_gpu"] = f"{each.tflops:.5g}"
-                line["step_seconds_low"] = f"{each.step_seconds / SPREAD:.6g}"
-                line["step_seconds_high"] = f"{each.step_seconds * SPREAD:.6g}"
+                line["step_seconds_low"] = f"{each.step_seconds / spread():.6g}"
+                line["step_seconds_high"] = f"{each.step_seconds * spread():.6g}"
             writer.writerow(line)
 
 
@@ -126,9 +138,9 @@ def summary(predictions: Sequence[Prediction]) -> list[str]:
     by_source: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
     by_group: dict[str, list[Prediction]] = defaultdict(list)
     for each in predictions:
-        by_source[each.row.cells["source_id"], each.row.cells["split"]].append(each)
-        if each.row.cells["sweep_group"] and each.ratio and each.row.step_seconds:
-            by_group[each.row.cells["sweep_group"]].append(each)
+        by_source[each.row.source].append(each)
+        if (group := each.row.cells.get("sweep_group")) and each.ratio and each.row.step_seconds:
+            by_group[group].append(each)
     for (source, split), found in sorted(by_source.items()):
         errors = np.array([each.ratio - 1 for each in found if each.ratio])
         head = f"{source:<24}{split:<10}{len(found):>5}{sum(each.step_seconds is not None for each in found):>7}"
@@ -141,7 +153,7 @@ def summary(predictions: Sequence[Prediction]) -> list[str]:
     for found in by_group.values():
         if len(found) >= LEAST_GROUP:
             ranked = rank([e.step_seconds or 0.0 for e in found], [e.row.step_seconds or 0.0 for e in found])
-            rankings[found[0].row.cells["source_id"], found[0].row.cells["split"]].append(ranked)
+            rankings[found[0].row.source].append(ranked)
     lines.append(f"{'ranking':<24}{'split':<10}{'groups':>7}{'regret':>8}{'worst':>8}{'top 3':>7}{'rank':>7}")
     for (source, split), each_group in sorted(rankings.items()):
         regrets = [ranked.regret for ranked in each_group]
@@ -154,16 +166,21 @@ def summary(predictions: Sequence[Prediction]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", type=Path)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    predictions = [predict(row) for row in read(given.table)]
+    given = parser.parse_args(arguments)
+    try:
+        predictions = [predict(row) for row in read(given.table)]
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
     if given.out:
         write(predictions, given.out)
     print("\n".join(summary(predictions)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

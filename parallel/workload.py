@@ -12,6 +12,7 @@ from typing import Literal
 from jobs.architecture import ModelArchitecture
 from jobs.spec import JobSpec
 from parallel.layout import Layout
+from parallel.software import OURS
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 """Of matrix products. With fp8, weights and activations that are kept are bf16."""
@@ -84,6 +85,7 @@ class Workload:
             dispatcher=options.dispatcher,
             zero_stage=options.zero_stage,
             optimizer_replicas=options.optimizer_replicas,
+            software=OURS if job.engine == "megatron" and on_gpu else "",
             optimizer_offloaded=float(on_gpu and options.offload_optimizer != "none"),
             weights_offloaded=on_gpu and options.offload_parameters != "none",
         )

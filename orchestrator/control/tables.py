@@ -1,45 +1,14 @@
-"""The tables that verbs print."""
+"""The tables of runs and checkpoints that verbs print."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from jobs.spec import JobSpec
 from orchestrator.control.display import bytes_text, print_table
 from orchestrator.manifests import CheckpointManifest
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
-from parallel.planner import Planning
-
-
-def planning(job: JobSpec, found: Planning, top: int) -> None:
-    """The fastest layouts, then why the others were left out."""
-    cluster, plans = job.cluster, found.plans
-    print(f"{job.name} on {cluster.nodes} x {cluster.devices_per_node} {cluster.hardware}, {job.train.precision}")
-    print(f"{found.considered} candidates, {len(plans)} fit; the first is what `run` and `submit` take")
-    print()
-    rows = [
-        [
-            str(place),
-            plan.layout.label,
-            str(plan.micro_batch),
-            str(plan.micro_batches),
-            f"{plan.time.total * 1e3:,.0f} ms",
-            f"{plan.tokens_per_second:,.0f}",
-            "-" if plan.mfu is None else f"{plan.mfu:.1%}",
-            bytes_text(plan.memory.total),
-        ]
-        for place, plan in enumerate(plans[:top], 1)
-    ]
-    headings = [("", True), ("layout", False)] + [
-        (name, True) for name in ("micro-batch", "count", "step", "tokens/s", "MFU", "memory")
-    ]
-    print_table(None, headings, rows)
-    if found.rejections:
-        print()
-        left_out = [[str(rejection.count), rejection.example] for rejection in found.rejections]
-        print_table(None, [("left out", True), ("because, for example", False)], left_out)
 
 
 def runs(statuses: list[dict[str, Any]], root: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
-from command import JOB, Fivefold, kinds, metrics, numbers
+from command import JOB, Answer, Fivefold, kinds, metrics, numbers
+from safetensors.numpy import load_file
 
 from orchestrator.run_folder import RunFolder
 
@@ -11,7 +14,7 @@ LAYOUT = ("layout.tp=1", "layout.dp=4", "layout.ep=2", "layout.zero_stage=2")
 
 
 def test_a_rank_is_killed_and_the_run_is_that_of_the_other_engine(
-    fivefold: Fivefold, reference: dict[int, tuple[float, float]]
+    fivefold: Fivefold, reference: dict[int, tuple[float, float]], undisturbed: tuple[Fivefold, Answer], tmp_path: Path
 ) -> None:
     answer = fivefold("run", JOB, "engine=deepspeed", *LAYOUT, "fault.kill_rank=1", "fault.at_step=7")
 
@@ -26,3 +29,16 @@ def test_a_rank_is_killed_and_the_run_is_that_of_the_other_engine(
     np.testing.assert_allclose([found[step] for step in reference], list(reference.values()), rtol=1e-4)
     log = run.read("logs/attempt-2/rank-0.log").decode().splitlines()
     assert all(line.startswith(("attempt 2:", "step ")) for line in log), log
+
+    ours, theirs = exported(fivefold, answer, tmp_path / "ours"), exported(*undisturbed, tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert np.linalg.norm(ours[name] - weight) <= 1e-4 * np.linalg.norm(weight), name
+
+
+def exported(fivefold: Fivefold, answer: Answer, folder: Path) -> dict[str, np.ndarray]:
+    """A run's last checkpoint in Hugging Face's form, tensors by name."""
+    run = RunFolder(answer.document["run_folder"])
+    made = fivefold("checkpoint", "export", run.run_id, "--format", "huggingface", "--to", str(folder))
+    assert made.code == 0, made.told
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}

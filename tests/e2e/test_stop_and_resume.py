@@ -19,7 +19,7 @@ def test_cancelled_then_trained_to_the_end_by_orphans_and_nothing_twice(
     until(reached(run, 2), 60, "step 2", started)
     refused = fivefold.ask("resume", run.run_id)
     assert (refused.code, "its controller is pid" in refused.told) == (2, True)
-    cancelled = fivefold("cancel", run.run_id)
+    cancelled = fivefold.ask("cancel", run.run_id)
     assert (cancelled.code, cancelled.document["state"]) == (0, "cancelled")
     answer = started.finish()
     assert (answer.code, answer.document["state"]) == (130, "cancelled"), answer.told

@@ -10,7 +10,7 @@ import pytest
 from runs import job, make_checkpoint, make_run
 
 from orchestrator import manifests
-from orchestrator.control import tables
+from orchestrator.control import plan_tables, tables
 from orchestrator.control.record import status_of
 from parallel.layout import Layout
 from parallel.planner import plan_job
@@ -87,7 +87,7 @@ def test_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 def test_planning(capsys: pytest.CaptureFixture[str]) -> None:
     spec = job("layout=auto", "cluster=h200_x8", "model=mixtral_8x7b", "train=pretrain")
     found = plan_job(spec)
-    tables.planning(spec, found, top=2)
+    plan_tables.planning(spec, found, 2, None)
     lines = printed(capsys)
     assert lines[0] == "quickstart on 1 x 8 h200, bf16"
     assert lines[1] == (

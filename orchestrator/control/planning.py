@@ -1,0 +1,133 @@
+"""`fivefold plan`: everything that it can tell of a job's layouts, printed and as a document."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import compose
+from jobs.errors import InputError, closest
+from jobs.spec import JobSpec
+from orchestrator.control import picture, plan_tables, session
+from parallel import planner
+from parallel.budget import Budget
+from parallel.deepspeed_config import deepspeed_config, outside_the_config
+from parallel.explanation import explain
+from parallel.hardware import Hardware
+from parallel.megatron_flags import megatron_flags
+from parallel.shapes import sweep
+from parallel.what_if import changed
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked beside the ranking. Names as on the command line."""
+
+    top: int = 10
+    quiet: bool = False
+    """Print nothing: the document is all that is wanted."""
+    format: str | None = None
+    explain: bool = False
+    what_if: Sequence[str] = ()
+    tokens: str | None = None
+    price: str | None = None
+    sweep: Sequence[str] = ()
+    picture: str | None = None
+
+
+def answer(name: str, overrides: Sequence[str], asked: Questions) -> dict[str, Any]:
+    """Plan a job and tell it. InputError for whatever is asked wrongly, before anything is printed or written."""
+    job = compose.compose(name, overrides)
+    budget = Budget.of(asked.tokens, asked.price)
+    _check(job, asked)
+    own = planner.device_of(job)
+    device = changed(own, asked.what_if)
+    document: dict[str, Any] = {"job": job.name, "cluster": job.cluster.model_dump()}
+    if asked.sweep:
+        shapes = sweep(job, asked.sweep, device)
+        if not asked.quiet:
+            plan_tables.shapes(job, shapes, asked.top, budget)
+        return document | {"shapes": [shape.as_dict() for shape in shapes]}
+    planning = planner.plan_job(job, device)
+    session.with_weights(job, here=False)
+    best = planning.plans[0]
+    document |= _ranked(job, planning, asked.top, budget)
+    if asked.format is not None:
+        return document | {asked.format: _FORMATS[asked.format](planner.resolve(job, best), quiet=asked.quiet)}
+    if not asked.quiet:
+        plan_tables.planning(job, planning, asked.top, budget)
+    if asked.what_if:
+        document["what_if"] = _what_if(job, best, own, device, asked)
+    if asked.explain:
+        explanation = explain(job, best, device)
+        document["explanation"] = explanation.as_dict()
+        if not asked.quiet:
+            plan_tables.explanation(best, explanation)
+    if asked.picture is not None:
+        Path(asked.picture).write_text(picture.page(job, best, device), encoding="utf-8")
+        document["picture"] = asked.picture
+        if not asked.quiet:
+            print(f"\npicture  {asked.picture}")
+    return document
+
+
+def _check(job: JobSpec, asked: Questions) -> None:
+    """Whether what is asked has an answer."""
+    if asked.format is not None:
+        if asked.format not in _FORMATS:
+            known = ", ".join(_FORMATS)
+            raise InputError("--format", asked.format, f"is not one of {known}", closest(asked.format, _FORMATS))
+        if asked.format != job.engine:
+            rule = f"--format {asked.format} writes what the {asked.format} engine is planned to run"
+            raise InputError("engine", job.engine, rule, asked.format)
+    if asked.picture is not None:
+        path = Path(asked.picture)
+        if path.suffix != ".html":
+            raise InputError("--picture", asked.picture, "is drawn as a page and ends in .html", path.stem + ".html")
+        if not path.parent.is_dir():
+            raise InputError("--picture", asked.picture, f"{path.parent} is no folder")
+
+
+def _ranked(job: JobSpec, planning: planner.Planning, top: int, budget: Budget | None) -> dict[str, Any]:
+    devices = job.cluster.devices
+    return {
+        "considered": planning.considered,
+        "plans": [plan.as_dict() | (budget.as_dict(plan, devices) if budget else {}) for plan in planning.plans[:top]],
+        "rejections": [asdict(rejection) for rejection in planning.rejections],
+    }
+
+
+def _what_if(job: JobSpec, best: planner.Plan, own: Hardware, device: Hardware, asked: Questions) -> dict[str, Any]:
+    """The best plan on the cluster's own profile, which may hold none, beside the one found."""
+    before: planner.Plan | None = None
+    why: str | None = None
+    try:
+        before = planner.plan_job(job, own).plans[0]
+    except InputError as error:
+        why = error.rule
+    if not asked.quiet:
+        plan_tables.what_if(best, before, own, device)
+    return {"assumed": list(asked.what_if), "without": before and before.as_dict(), "without_reason": why}
+
+
+def _megatron(job: JobSpec, *, quiet: bool) -> list[str]:
+    flags = megatron_flags(job)
+    if not quiet:
+        print("\n".join(flags))
+    return flags
+
+
+def _deepspeed(job: JobSpec, *, quiet: bool) -> dict[str, Any]:
+    config = deepspeed_config(job)
+    if not quiet:
+        print(json.dumps(config, indent=2))
+        for text in outside_the_config(job):
+            print(f"not in the file: {text}", file=sys.stderr)
+    return config
+
+
+_FORMATS: dict[str, Callable[..., Any]] = {"megatron": _megatron, "deepspeed": _deepspeed}

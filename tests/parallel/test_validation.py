@@ -1,0 +1,143 @@
+"""Predictions beside measurements, their figures, and the fit of residuals."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel import fitting, validation
+from parallel.costs import estimate_time
+from parallel.hardware import hardware
+from parallel.layout import Layout
+from parallel.published import COLUMNS, Row
+from parallel.software import FACTS, Software, software
+from parallel.workload import Workload
+
+# arXiv 2312.12391, the authors' ground truth: GPT of 39.1 billion parameters on 512 A100, and one that says too little.
+GPT = {
+    "row_id": "gpt", "source_id": "vtrain2024", "split": "validate", "model": "gpt-39.1b", "arch": "dense-gelu (GPT)",
+    "layers": "48", "hidden": "8192", "ffn": "32768", "heads": "64", "kv_heads": "64", "vocab": "50257",
+    "seq_len": "2048", "gbs": "1536", "mbs": "4", "gpus": "512", "gpu_type": "A100-80GB-SXM", "gpus_per_node": "8",
+    "precision": "fp16", "tp": "8", "pp": "8", "vpp": "1", "dp": "8", "recompute": "full",
+    "framework": "Megatron-DeepSpeed", "iter_time_s": "14.967", "inferred_fields": "inter-node 800 Gb/s",
+}  # fmt: skip
+
+
+def row(**changes: str) -> Row:
+    return Row(dict.fromkeys((*COLUMNS, "sweep_group", "tokens_s_gpu", "tflops_gpu", "mfu_pct"), "") | GPT | changes)
+
+
+def test_a_step_on_512_devices_as_measured() -> None:
+    assert validation.predict(row()).ratio == pytest.approx(1, abs=0.08)
+    assert validation.predict(row(tp="8", pp="4", dp="16", mbs="8", iter_time_s="15.8145")).ratio == pytest.approx(
+        1, abs=0.08
+    )
+
+
+def test_what_cannot_be_priced_carries_its_reason(tmp_path: Path) -> None:
+    found = [validation.predict(each) for each in (row(), row(gpu_type="TPU"), row(layers=""))]
+    path = tmp_path / "predictions.csv"
+    validation.write(found, path)
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["reason"] for line in lines] == ["", "no profile of TPU", "layers is not published"]
+    assert tuple(lines[0]) == validation.FIELDS
+    assert float(lines[0]["step_seconds_low"]) < float(lines[0]["predicted_step_seconds"])
+    assert lines[1]["predicted_step_seconds"] == ""
+
+
+def test_what_a_row_leaves_open_is_chosen() -> None:
+    assert {step.micro_batch for step in validation.candidates(row(mbs=""))} == {1, 2, 4, 8}
+    assert {step.layout.vpp for step in validation.candidates(row(vpp=""))} == {1, 2, 3, 6}
+    assert len(validation.candidates(row())) == 1
+    # m=12 micro-batches are no whole groups of pp=8: no virtual stages.
+    assert {step.layout.vpp for step in validation.candidates(row(vpp="", mbs="16"))} == {1}
+
+
+def test_a_ranking() -> None:
+    ranked = validation.rank([3.0, 1.0, 2.0], [30.0, 11.0, 10.0])
+    assert (ranked.regret, ranked.place) == (pytest.approx(0.1), 2)
+    assert ranked.correlation == pytest.approx(0.5)
+    assert validation.rank([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).regret == 0
+
+
+def test_the_figures_of_a_source() -> None:
+    rows = [row(iter_time_s=str(10 + each), sweep_group="g") for each in range(10)]
+    lines = validation.summary([validation.predict(each) for each in rows])
+    assert lines[1].startswith("vtrain2024              validate     10     10")
+    assert lines[-1].split()[:3] == ["vtrain2024", "validate", "1"]
+
+
+def test_what_is_not_known_has_no_residuals() -> None:
+    assert software("somebody's own") == Software()
+    for name in ("Megatron-DeepSpeed", "AA-Scaling"):
+        assert software(name) != FACTS[name]
+        assert software(name).gradients_hidden == 0
+
+
+def test_a_version_that_was_not_measured_has_its_own_facts_and_the_nearest_ones_residuals() -> None:
+    measured, other = software("Megatron-LM 0.14 + TE"), software("Megatron-Core r0.8.0")
+    assert other.blocks_overlap
+    assert replace(other, blocks_overlap=False) == measured
+
+
+def test_the_fit_finds_what_made_the_measurements() -> None:
+    """Steps priced with known residuals, and nothing else, give the residuals back."""
+    known = replace(FACTS["AA-Scaling"], compute=1.3, network=1.5)
+    step, device = row(framework="AA-Scaling", vpp="1").workload(), hardware("a100_80gb", 8)
+    steps = [replace(step, layout=Layout(tp=tp, pp=8, dp=64 // tp, sp=False)) for tp in (1, 2, 4, 8)]
+    steps += [replace(each, micro_batch=1) for each in steps]
+    measured = [(each, device, estimate_time(each, device, known).total) for each in steps]
+    residuals: dict[str, Any] = dict(fitting.fit_residuals(measured, "AA-Scaling"))
+    found = replace(FACTS["AA-Scaling"], **residuals)
+    for each, _, seconds in measured:
+        assert estimate_time(each, device, found).total == pytest.approx(seconds, rel=0.03)
+
+
+def test_only_calibration_rows_are_fitted_on() -> None:
+    rows = [row(split="calibrate"), row(split="validate"), row(split="calibrate", layers=""), row(framework="other")]
+    assert len(fitting.calibration(rows, "Megatron-DeepSpeed")) == 1
+
+
+def test_a_second_fit_is_the_first() -> None:
+    operators: list[dict[str, Any]] = [
+        {"hardware": "A100 PCIe", "op": "matmul", "efficiency": share, "shape": f"b=1, {shape}, accumulate=False"}
+        for shape, share in (
+            ("m=4096, k=7168, n=4096", "0.742"),
+            ("m=4096, k=5120, n=576", "0.497"),
+            ("m=24640, k=1536, n=5120", "0.703"),
+        )
+    ]
+    once, twice = (fitting.fit_products(operators, "A100 PCIe") for _ in range(2))
+    assert json.dumps(once) == json.dumps(twice)
+    assert 0.7 < once["bf16_flops"] < 0.9
+
+
+def test_overlapped_blocks_leave_a_chunk_to_wait_for() -> None:
+    step: Workload = replace(row(vpp="1").workload(), layout=Layout(tp=8, pp=8, dp=8))
+    device = hardware("h100", 8)
+    alone = estimate_time(step, device, Software())
+    beside = estimate_time(step, device, Software(blocks_overlap=True))
+    assert beside.tensor == pytest.approx(alone.tensor / 8)
+
+
+def test_a_table_of_steps_alone_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without what was measured, by whom, and for what."""
+    table, out = tmp_path / "steps.csv", tmp_path / "predictions.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerow(row().cells)
+    assert validation.main([str(table), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["-", "-", "1", "1"]
+    assert "gpt" in out.read_text()
+
+
+def test_a_table_that_is_none_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validation.main([str(tmp_path / "nowhere.csv")]) == 2
+    assert "nowhere.csv: cannot be read" in capsys.readouterr().err
