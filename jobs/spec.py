@@ -46,7 +46,7 @@ class DataSpec(Spec):
 
 
 class ClusterSpec(Spec):
-    """`nodes` machines of `devices_per_node` equal devices; `hardware` names a profile of parallel/hardware.py."""
+    """`nodes` machines of `devices_per_node` equal devices; `hardware` names one of parallel/estimates/profiles."""
 
     name: str
     device: Literal["cpu", "cuda"]

@@ -63,7 +63,7 @@ def _resolved(options: argparse.Namespace, *, here: bool) -> tuple[Any, Any]:
     """The job as it is to be run, on this machine if `here`, and its planning."""
     from jobs import compose
     from orchestrator.control import need, session
-    from parallel import planner
+    from parallel.planning import planner
 
     job = compose.compose(options.job, options.overrides)
     planning = planner.plan_job(job)
@@ -84,7 +84,8 @@ def _run(options: argparse.Namespace) -> Answer:
 def _exact(options: argparse.Namespace) -> Answer:
     from jobs import compose
     from orchestrator.control import exact, need
-    from parallel import planner, shrink
+    from parallel import shrink
+    from parallel.planning import planner
 
     job = compose.compose(options.job, options.overrides)
     job = planner.resolve(job, planner.plan_job(job).plans[0])

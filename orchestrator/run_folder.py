@@ -23,7 +23,7 @@ _REMOTE_REWRITE_SECONDS = 2.0
 
 
 def new_run_id(job: str) -> str:
-    return f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 def is_url(place: str) -> bool:

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from jobs.errors import InputError
-from parallel.costs import estimate_time
+from parallel.estimates.costs import estimate_time
+from parallel.estimates.software import spread
+from parallel.estimates.workload import Workload
+from parallel.evidence.published import Row, UnpricedError, read
 from parallel.layout import divisors
-from parallel.published import Row, UnpricedError, read
-from parallel.software import spread
-from parallel.workload import Workload
 
 FIELDS = (
     "row_id",

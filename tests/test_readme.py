@@ -11,7 +11,7 @@ import pytest
 from jobs.compose import compose, job_names
 from orchestrator import cli
 from orchestrator.control import display
-from parallel.planner import plan_job
+from parallel.planning.planner import plan_job
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 COMMANDS = re.findall(r"^    fivefold (.+)$", README, flags=re.MULTILINE)

@@ -8,11 +8,11 @@ from html import escape
 
 from jobs.spec import JobSpec
 from orchestrator.control.display import bytes_text
-from parallel.hardware import Hardware
-from parallel.memory import stage_memory
-from parallel.planner import Plan
-from parallel.timeline import Box, timeline
-from parallel.workload import Workload
+from parallel.estimates.hardware import Hardware
+from parallel.estimates.memory import stage_memory
+from parallel.estimates.workload import Workload
+from parallel.planning.planner import Plan
+from parallel.planning.timeline import Box, timeline
 
 _WIDTH, _LEFT, _RIGHT, _ROW, _GAP = 1120, 80, 130, 26, 6
 _PLOT = _WIDTH - _LEFT - _RIGHT

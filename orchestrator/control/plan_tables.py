@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from jobs.spec import JobSpec
 from orchestrator.control.display import bytes_text, print_table
-from parallel.budget import Budget
-from parallel.explanation import Explanation, Neighbour
-from parallel.hardware import Hardware
-from parallel.planner import Plan, Planning
-from parallel.shapes import Shape
-from parallel.what_if import numbers
+from parallel.estimates.hardware import Hardware
+from parallel.planning.budget import Budget
+from parallel.planning.explanation import Explanation, Neighbour
+from parallel.planning.planner import Plan, Planning
+from parallel.planning.shapes import Shape
+from parallel.planning.what_if import numbers
 
 
 def planning(job: JobSpec, found: Planning, top: int, budget: Budget | None) -> None:

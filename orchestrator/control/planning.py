@@ -13,14 +13,14 @@ from jobs import compose
 from jobs.errors import InputError, closest
 from jobs.spec import JobSpec
 from orchestrator.control import picture, plan_tables, session
-from parallel import planner
-from parallel.budget import Budget
-from parallel.deepspeed_config import deepspeed_config, outside_the_config
-from parallel.explanation import explain
-from parallel.hardware import Hardware
-from parallel.megatron_flags import megatron_flags
-from parallel.shapes import sweep
-from parallel.what_if import changed
+from parallel.estimates.hardware import Hardware
+from parallel.planning import planner
+from parallel.planning.budget import Budget
+from parallel.planning.deepspeed_config import deepspeed_config, outside_the_config
+from parallel.planning.explanation import explain
+from parallel.planning.megatron_flags import megatron_flags
+from parallel.planning.shapes import sweep
+from parallel.planning.what_if import changed
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from orchestrator.control.plot import plot_loss
 from orchestrator.control.record import LIVE, RunRecord, State, Throughput, new_status, status_of
 from orchestrator.messages import Event, Stop
 from orchestrator.run_folder import RunFolder, is_url, new_run_id
-from parallel import planner
-from parallel.hardware import hardware
+from parallel.estimates.hardware import hardware
 from parallel.layout import Layout
+from parallel.planning import planner
 
 _DECIDED_AT_START = (
     "name",

@@ -13,7 +13,7 @@ import yaml
 from jobs.compose import CONF, GROUPS, amend, choices, compose, job_names, keys, load
 from jobs.errors import CombinedInputError, InputError
 from jobs.spec import JobSpec
-from parallel.planner import plan_job, resolve
+from parallel.planning.planner import plan_job, resolve
 
 OWN = """
 defaults:

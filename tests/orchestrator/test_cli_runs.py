@@ -15,7 +15,7 @@ from jobs.compose import compose
 from orchestrator.control import controller, session
 from orchestrator.control.controller import CANCEL_REQUEST
 from orchestrator.run_folder import RunFolder
-from parallel.planner import plan_job
+from parallel.planning.planner import plan_job
 
 ROOT = Path(__file__).parents[2]
 

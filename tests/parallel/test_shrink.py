@@ -11,7 +11,7 @@ from jobs.errors import InputError
 from jobs.spec import DEGREES, JobSpec
 from parallel.capabilities import why_refused
 from parallel.layout import Layout
-from parallel.planner import plan_job, resolve
+from parallel.planning.planner import plan_job, resolve
 from parallel.shrink import RANKS, RANKS_OF_FOUR_AXES, STEPS, shrink
 
 JOBS = [name for name in compose.job_names() if name != "deepseek_v3"]

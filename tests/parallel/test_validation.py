@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from parallel import fitting, validation
-from parallel.costs import estimate_time
-from parallel.hardware import hardware
+from parallel import validation
+from parallel.estimates.costs import estimate_time
+from parallel.estimates.hardware import hardware
+from parallel.estimates.software import FACTS, Software, software
+from parallel.estimates.workload import Workload
+from parallel.evidence import fitting
+from parallel.evidence.published import COLUMNS, Row
 from parallel.layout import Layout
-from parallel.published import COLUMNS, Row
-from parallel.software import FACTS, Software, software
-from parallel.workload import Workload
 
 # arXiv 2312.12391, the authors' ground truth: GPT of 39.1 billion parameters on 512 A100, and one that says too little.
 GPT = {

@@ -4,7 +4,8 @@
     python tests/planner/sweep.py --csv sweep.csv --part 2/2
 
 Mixtral 8x7B, six layers of it, on text. Each layout is trained for a few steps, as its router chooses and with tokens
-dealt out evenly; what does not fit is a row too. The columns are those of parallel/published.py, and what was measured.
+dealt out evenly; what does not fit is a row too. The columns are
+those of parallel/evidence/published.py, and what was measured.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from orchestrator.worker.exactness.batches import micro_batches
 from orchestrator.worker.main import import_engine
 from orchestrator.worker.ranks import Ranks
 from parallel.capabilities import why_refused
-from parallel.hardware import hardware
+from parallel.estimates.hardware import hardware
+from parallel.evidence.published import COLUMNS
 from parallel.layout import Layout
-from parallel.published import COLUMNS
 
 WARM, TIMED = 2, 3
 """Steps of each kind of routing."""

@@ -13,7 +13,7 @@ from orchestrator import manifests
 from orchestrator.control import plan_tables, tables
 from orchestrator.control.record import status_of
 from parallel.layout import Layout
-from parallel.planner import plan_job
+from parallel.planning.planner import plan_job
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:

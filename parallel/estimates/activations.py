@@ -1,0 +1,117 @@
+"""What a layer keeps of a micro-batch until its backward, on one rank, in bytes.
+
+After Korthikanti et al. 2022 (arXiv 2205.05198), rewritten for RMSNorm, GQA and multi-latent attention, SwiGLU and MoE,
+without dropout but where scores are written. What tensor parallelism does not divide (norms, residuals, latents) is
+divided by sequence parallelism alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jobs.architecture import ModelArchitecture
+from parallel.estimates.layers import LOADS
+from parallel.estimates.workload import Workload
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Of one layer of a kind: `kept` until backward, and `again`, what is alive while backward computes it again."""
+
+    kept: float
+    again: float = 0.0
+
+
+def routed_rows(workload: Workload) -> float:
+    """Copies of a micro-batch's tokens that the busiest rank's experts receive in one MoE layer.
+
+    Each rank sends top_k copies of its tokens; an expert tensor-parallel group gathers those of all its ranks. With a
+    capacity factor an expert takes no more than that times the mean.
+    """
+    model, layout = workload.model, workload.layout
+    factor = LOADS[workload.load] if layout.ep > 1 else 1.0
+    if model.capacity_factor:
+        factor = min(factor, model.capacity_factor)
+    return workload.tokens / layout.tp * model.top_k * layout.etp * factor
+
+
+def layer_bytes(workload: Workload, moe: bool) -> LayerBytes:
+    """One layer, dense or MoE, of a micro-batch."""
+    layout = workload.layout
+    return _layer_bytes(
+        workload.model,
+        workload.micro_batch,
+        workload.sequence_length,
+        (layout.tp, layout.cp, layout.etp, bool(layout.sp)),
+        routed_rows(workload) if moe else None,
+        (workload.attention_kernel, workload.fused_norm, workload.fused_activation, workload.element),
+        workload.recompute,
+    )
+
+
+@lru_cache(maxsize=1 << 16)
+def _layer_bytes(
+    model: ModelArchitecture,
+    micro_batch: int,
+    sequence: int,
+    degrees: tuple[int, int, int, bool],
+    routed: float | None,
+    kernels: tuple[str, bool, bool, int],
+    recompute: frozenset[str],
+) -> LayerBytes:
+    (tp, cp, etp, sp), (attention, fused_norm, fused_activation, element) = degrees, kernels
+    tokens = micro_batch * sequence / cp
+    row = element * tokens  # of one element of each token
+    apart = row / tp if sp else row  # of what only sequence parallelism divides
+    hidden = model.hidden
+    parts = {
+        "residual": apart * 2 * hidden,
+        "layernorm": apart * 2 * hidden,
+        "norm_fp32": 0.0 if fused_norm else (4 + element) / element * apart * 2 * hidden,
+        **_attention(model, row, apart, tp),
+        "core_attn": _scores(attention, micro_batch * model.heads / tp * sequence * sequence / cp, tokens, model, tp),
+        # FlashAttention 1 takes query, key and value in one tensor: a copy.
+        "packed": row * (model.heads + 2 * model.kv_heads) * model.head_dim / tp if attention == "flash1" else 0.0,
+    }
+    # Of a feed-forward block's width: what the activation takes and gives, and what is between where it is no kernel.
+    widths = (3 if fused_activation else 4) if model.gated else 2
+    if routed is None:
+        parts["mlp"] = row * widths * model.ffn / tp
+    else:
+        parts["shared_experts"] = row * widths * model.shared_expert_ffn / tp
+        parts["router"] = 4 * 3 * model.experts * (tokens / tp if sp else tokens)
+        parts["experts"] = element * routed * (hidden + (widths - 1) * model.expert_ffn / etp)
+        parts["moe_act"] = element * routed * model.expert_ffn / etp
+    whole = sum(parts.values())
+    if "layer" in recompute:
+        return LayerBytes(apart * hidden, whole)
+    gone = [name for name in parts if name in recompute]
+    if "moe" in recompute:
+        gone += [name for name in ("shared_experts", "router", "experts", "moe_act") if name in parts]
+    dropped = {name: parts[name] for name in gone}
+    return LayerBytes(whole - sum(dropped.values()), max(dropped.values(), default=0.0))
+
+
+def _attention(model: ModelArchitecture, row: float, apart: float, tp: int) -> dict[str, float]:
+    """Query, key, value and output; of multi-latent attention the latents too, which every rank keeps whole."""
+    if not model.is_multi_latent:
+        return {"attention": row * 2 * (model.heads + model.kv_heads) * model.head_dim / tp}
+    latent = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
+    key_query = 2 * (model.head_dim + model.rope_head_dim)
+    return {
+        "latent": apart * latent,
+        "mla_up_proj": row * model.heads * (key_query + model.value_head_dim) / tp,
+        "attention": row * model.heads * model.value_head_dim / tp,
+    }
+
+
+def _scores(attention: str, scores: float, tokens: float, model: ModelArchitecture, tp: int) -> float:
+    """What attention itself keeps: a flash kernel fp32 sums of rows; else probabilities.
+
+    Written: softmax's output, a dropout mask of a byte, its output: 5 bytes a score (Korthikanti et al. 2022); where
+    softmax is a kernel of its own it keeps fp32 too, and nothing of dropout but its mask: 7.
+    """
+    if attention in ("flash", "flash1"):
+        return 4.0 * tokens * model.heads / tp
+    return scores * (5.0 if attention == "fused_softmax" else 7.0)

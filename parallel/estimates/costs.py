@@ -1,0 +1,196 @@
+"""How long a training step takes, in seconds: operator by operator, collective by collective, on the slowest stage.
+
+A stage's micro-batch is its layers' operators (operators.py) at the shapes of one rank and their collectives
+(network.py). The schedule is 1F1B, interleaved or not (Narayanan et al. 2021): the slowest stage works without a pause
+but for the time that a micro-batch needs through the others. Data-parallel collectives hide behind one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from jobs.architecture import ModelArchitecture
+from parallel.estimates.hardware import Hardware
+from parallel.estimates.layers import Cost, head, layer
+from parallel.estimates.memory import Stage, stages
+from parallel.estimates.network import Network
+from parallel.estimates.software import Software, software
+from parallel.estimates.workload import Workload
+from parallel.layout import Layout
+
+Costs = tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Seconds of one optimizer step, part by part."""
+
+    compute: float
+    launch: float
+    """The device waiting for the host to start kernels."""
+    tensor: float
+    """Tensor-parallel collectives, attention's and the experts'."""
+    expert: float
+    """All-to-all of tokens to experts and back."""
+    context: float
+    """Keys and values, or heads, exchanged over the ranks that share a sequence."""
+    pipeline: float
+    """Activations and their gradients between stages."""
+    bubble: float
+    data: float
+    """Gradients reduced and weights gathered over data-parallel ranks: what is not hidden."""
+    optimizer: float
+    offload: float
+    """Gradients to the host and weights back."""
+    fixed: float
+    """Of a step, whatever its size."""
+
+    @property
+    def total(self) -> float:
+        return sum((float(seconds) for seconds in vars(self).values()), 0.0)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A stage's micro-batch, forward and backward; `forward` and `backward` are their shares of compute and waiting."""
+
+    compute: float
+    launch: float
+    tensor: float
+    expert: float
+    context: float
+    pipeline: float
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.launch + self.tensor + self.expert + self.context + self.pipeline
+
+
+def estimate_time(workload: Workload, hardware: Hardware, run_by: Software | None = None) -> TimeEstimate:
+    """Seconds of one step, forward to optimizer; `run_by` stands for what is known of workload.software."""
+    ours = run_by or software(workload.software)
+    network = Network(hardware, workload.devices_per_node)
+    layout, micro_batches = workload.layout, workload.micro_batches
+    kinds = _kinds(workload.model, layout)
+    # Layers cost the same however many replicas and stages there are, and are kept by what they depend on.
+    shape = Layout(tp=layout.tp, cp=layout.cp, dp=layout.ep * layout.etp, ep=layout.ep, etp=layout.etp, sp=layout.sp)
+    costs = _parts(replace(workload, layout=shape, global_batch=workload.micro_batch * shape.dp), network, ours)
+    passes = {stage: _pass(workload, stage, costs, network, ours) for stage, _ in kinds}
+    every = sum(number * passes[stage].total for stage, number in kinds)
+
+    def of_stage(stage: Stage) -> TimeEstimate:
+        one = passes[stage]
+        data, offload = _data(workload, stage, one, hardware, network, ours)
+        return TimeEstimate(
+            compute=micro_batches * one.compute,
+            launch=micro_batches * one.launch,
+            tensor=micro_batches * one.tensor,
+            expert=micro_batches * one.expert,
+            context=micro_batches * one.context,
+            pipeline=micro_batches * one.pipeline,
+            bubble=(every - one.total) / layout.vpp,
+            data=data,
+            optimizer=_optimizer(workload, stage, hardware),
+            offload=offload,
+            fixed=ours.step_seconds,
+        )
+
+    return max((of_stage(stage) for stage in passes), key=lambda estimate: estimate.total)
+
+
+@lru_cache(maxsize=1 << 10)
+def _kinds(model: ModelArchitecture, layout: Layout) -> tuple[tuple[Stage, int], ...]:
+    """Stages of equal shape take equal time: one of each, and how many there are."""
+    return tuple(Counter(stages(model, layout)).items())
+
+
+def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours: Software) -> _Pass:
+    dense_layers, moe_layers, heads = stage.dense_layers, stage.moe_layers, stage.is_last
+    cost = Cost(*(dense_layers * dense + moe_layers * moe + heads * last for dense, moe, last in costs))
+    layout = workload.layout
+    # Each micro-batch is received once forward and its gradient once backward; an interleaved schedule hides the sends.
+    sends = 0.0
+    if layout.pp > 1 and layout.vpp == 1:
+        activation = workload.element * workload.tokens * workload.model.hidden / (layout.tp if layout.sp else 1)
+        if not layout.sp and layout.tp > 1:
+            activation /= layout.tp  # scattered over the group and gathered again behind the stage boundary
+        sends = 2 * network.send(activation, layout.tp * layout.cp * layout.dp) * (1 - ours.sends_hidden)
+    host = network.hardware.launch_seconds * ours.launch * cost.kernels
+    forward, backward = cost.forward, cost.backward
+    waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
+    return _Pass(
+        compute=forward + backward,
+        launch=waits,
+        tensor=cost.tensor_forward + cost.tensor_backward,
+        expert=cost.expert_forward + cost.expert_backward,
+        context=cost.context_forward + cost.context_backward,
+        pipeline=sends,
+        forward=forward + cost.collectives_forward,
+        backward=backward + cost.collectives_backward,
+    )
+
+
+def _waits(host: float, device: float) -> float:
+    """Seconds that the device waits for a host which runs ahead of it, but not at every moment."""
+    return float((host**3 + device**3) ** (1 / 3) - device)
+
+
+@lru_cache(maxsize=1 << 12)
+def _parts(workload: Workload, network: Network, ours: Software) -> Costs:
+    """Each field of Cost: of a dense layer, of an MoE layer, of the head."""
+    hardware = network.hardware
+    parts = (*layer(workload, hardware, network, ours), head(workload, hardware, network, ours))
+    return tuple(zip(*(vars(part).values() for part in parts), strict=True))
+
+
+def _data(
+    workload: Workload, stage: Stage, one: _Pass, hardware: Hardware, network: Network, ours: Software
+) -> tuple[float, float]:
+    """What is not hidden of data-parallel collectives, and of the traffic with the host."""
+    layout, stages_apart = workload.layout, workload.zero_stage
+    replicas = layout.dp * layout.cp
+
+    def both(bytes_each: float, reduce: bool = False) -> float:
+        collective = network.all_reduce if reduce else network.all_gather
+        dense = collective(stage.dense_parameters * bytes_each, replicas, layout.tp)
+        # Replicas of a shard of experts stand a whole expert-parallel group apart.
+        experts = 0.0
+        if stage.expert_parameters:
+            experts = collective(stage.expert_parameters * bytes_each, layout.edp, layout.etp * layout.ep)
+        return ours.data * (dense + experts)
+
+    if stages_apart == 3:
+        # Weights are gathered for forward and again for backward, gradients scattered, of each micro-batch (FSDP).
+        gather, scatter = both(workload.element), both(workload.gradient_bytes)
+        exposed = max(0.0, gather - ours.weights_hidden * one.forward)
+        exposed += max(0.0, gather + scatter - ours.gradients_hidden * one.backward)
+        exposed *= workload.micro_batches
+    else:
+        gradients = both(workload.gradient_bytes, reduce=stages_apart == 0)
+        gradients *= workload.micro_batches if stages_apart == 2 else 1
+        weights = both(workload.element) if stages_apart else 0.0
+        exposed = max(0.0, gradients - ours.gradients_hidden * one.backward)
+        exposed += max(0.0, weights - ours.weights_hidden * one.forward)
+    shard = stage.dense_parameters / workload.shards + stage.expert_parameters / workload.expert_shards
+    share = workload.optimizer_offloaded
+    host = share * shard * (workload.gradient_bytes + workload.element) / hardware.host_link.bytes_per_second
+    host += share * shard * 28 / hardware.host_adam_bytes_per_second
+    if workload.weights_offloaded:
+        traffic = 2 * workload.micro_batches * shard * workload.element
+        host += max(0.0, traffic / hardware.host_link.bytes_per_second - workload.micro_batches * one.total)
+    return exposed, host
+
+
+def _optimizer(workload: Workload, stage: Stage, hardware: Hardware) -> float:
+    """Adam, bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written.
+
+    Before it gradients are read for their norm and scaled.
+    """
+    dense = stage.dense_parameters / (workload.shards if workload.zero_stage else 1)
+    experts = stage.expert_parameters / (workload.expert_shards if workload.zero_stage else 1)
+    bytes_each = (28 + workload.element) * (1 - workload.optimizer_offloaded) + 3 * workload.gradient_bytes
+    return (dense + experts) * bytes_each / hardware.memory_bytes_per_second

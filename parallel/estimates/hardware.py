@@ -1,0 +1,138 @@
+"""Profiles of devices: how fast they compute, how much they hold, how fast they talk.
+
+A profile is a file of profiles/, one device a file, each number with its source. It describes one device, that is one
+rank's share of a machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from jobs.errors import InputError, closest
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Link:
+    """A message of S bytes takes `latency_seconds + S / bytes_per_second` (one direction)."""
+
+    latency_seconds: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True, eq=False)
+class Hardware:
+    """One device, equal to itself alone, so that costs are quickly found by it again.
+
+    FLOP/s are dense; a peak is None where none is published, and then no MFU is shown.
+    """
+
+    name: str
+    memory_bytes: int
+    reserved_bytes: int
+    """What a rank holds before its first tensor: context, communicators, kernels."""
+    memory_bytes_per_second: float
+    """That a kernel which only moves data reaches."""
+    peak_bf16_flops: float | None
+    peak_fp32_flops: float | None
+    peak_fp8_flops: float | None
+    bf16_flops: float
+    """What a large matrix product reaches, before its shape costs anything."""
+    fp32_flops: float
+    fp8_flops: float
+    processors: int
+    """Streaming multiprocessors, over which the tiles of a product are dealt; 1: tiles cost nothing."""
+    half_depth: float
+    """Inner dimension of a product at which it reaches half of its rate."""
+    tile_128: float
+    """Rate of a tile of 128 x 128 over that of one of 128 x 256."""
+    tile_64: float
+    """The same of 64 x 128."""
+    accumulate: float
+    """Rate of a product that adds to a fp32 sum (weight gradients) over one that writes 16 bits."""
+    attention_forward_flops: float
+    attention_backward_flops: float
+    kernel_seconds: float
+    """That a kernel takes at least, on the device."""
+    launch_seconds: float
+    """That the host takes to start a kernel."""
+    fast_domain: int
+    """Devices joined by fast links; a node's at least."""
+    collective_seconds: float
+    """Fixed cost of a collective within the fast domain."""
+    fast_link: Link
+    network_link: Link
+    """One device's share of the node's ports."""
+    host_link: Link
+    host_adam_bytes_per_second: float
+    """Memory traffic of Adam on the host, one device's share."""
+
+    def peak_flops(self, precision: Literal["fp32", "fp16", "bf16", "fp8"]) -> float | None:
+        """FLOP/s that MFU is measured against: of bf16 for fp8 too, as the tables have it."""
+        return self.peak_fp32_flops if precision == "fp32" else self.peak_bf16_flops
+
+    def product_flops(self, precision: Literal["fp32", "fp16", "bf16", "fp8"]) -> float:
+        """FLOP/s of a large matrix product."""
+        return {"fp32": self.fp32_flops, "fp8": self.fp8_flops}.get(precision, self.bf16_flops)
+
+
+_LINKS = ("fast_link", "network_link", "host_link")
+_FOLDER = files("parallel.estimates") / "profiles"
+
+
+@cache
+def profile_names() -> tuple[str, ...]:
+    """Those that are shipped."""
+    return tuple(
+        sorted(entry.name.removesuffix(".json") for entry in _FOLDER.iterdir() if entry.name.endswith(".json"))
+    )
+
+
+def read_profile(text: str, where: str) -> Hardware:
+    """The profile of a file's text. InputError that names all that is missing: numbers, and numbers' sources."""
+    try:
+        given: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise InputError(where, None, f"is no JSON: {error}") from None
+    wanted = [field.name for field in fields(Hardware) if field.name != "name"]
+    missing = [name for name in wanted if name not in given]
+    missing += [f"{name}.source" for name in wanted if name in given and not given[name].get("source")]
+    missing += [f"{name}.value" for name in wanted if name in given and "value" not in given[name]]
+    if "name" not in given:
+        missing.insert(0, "name")
+    if missing:
+        raise InputError(where, None, f"lacks {', '.join(missing)}")
+    values = {name: given[name]["value"] for name in wanted}
+    values.update({name: Link(*values[name]) for name in _LINKS})
+    return Hardware(name=given["name"], **values)
+
+
+@cache
+def hardware(name: str, devices_per_node: int) -> Hardware:
+    """The profile of one of `devices_per_node` devices of a machine. InputError for a name that is not known."""
+    if name not in profile_names():
+        rule = f"unknown hardware; known: {', '.join(profile_names())}"
+        raise InputError("cluster.hardware", name, rule, closest(name, profile_names()))
+    found = read_profile((_FOLDER / f"{name}.json").read_text(encoding="utf-8"), f"{name}.json")
+    return _share_of_this_machine(found, devices_per_node) if name == "laptop_cpu" else found
+
+
+def _share_of_this_machine(core: Hardware, ranks: int) -> Hardware:
+    """The machine's memory and cores divided by its ranks; `core` has the rates of one core."""
+    cores = min(1.0, (os.cpu_count() or 1) / ranks)
+    return replace(
+        core,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks,
+        memory_bytes_per_second=core.memory_bytes_per_second * cores,
+        bf16_flops=core.bf16_flops * cores,
+        fp32_flops=core.fp32_flops * cores,
+        attention_forward_flops=core.attention_forward_flops * cores,
+        attention_backward_flops=core.attention_backward_flops * cores,
+        launch_seconds=core.launch_seconds / cores,
+    )

@@ -1,0 +1,214 @@
+"""A layer's operators and collectives at the shapes of one rank, a micro-batch, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from parallel.estimates.hardware import Hardware
+from parallel.estimates.network import Network
+from parallel.estimates.operators import Seconds, attention, linear, moved
+from parallel.estimates.software import Software
+from parallel.estimates.workload import Workload
+
+LOADS = {"balanced": 1.0, "natural": 1.25, "p99": 1.6}
+"""Tokens of the busiest expert-parallel rank over the mean: what a balancing loss leaves. Assumptions."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a micro-batch on one rank, and the kernels that its forward starts."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    kernels: float = 0.0
+    tensor_forward: float = 0.0
+    tensor_backward: float = 0.0
+    expert_forward: float = 0.0
+    expert_backward: float = 0.0
+    context_forward: float = 0.0
+    context_backward: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in _NAMES))
+
+    @property
+    def collectives_forward(self) -> float:
+        return self.tensor_forward + self.expert_forward + self.context_forward
+
+    @property
+    def collectives_backward(self) -> float:
+        return self.tensor_backward + self.expert_backward + self.context_backward
+
+    @property
+    def again(self) -> Cost:
+        """What it adds where backward computes it once more. Kernels of backward are twice forward's: half is added."""
+        return Cost(
+            backward=self.forward,
+            kernels=self.kernels / 3,
+            tensor_backward=self.tensor_forward,
+            expert_backward=self.expert_forward,
+            context_backward=self.context_forward,
+        )
+
+
+_NAMES = tuple(field.name for field in fields(Cost))
+
+
+def layer(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> tuple[Cost, Cost]:
+    """A dense layer and an MoE layer (nothing where the model has none)."""
+    model = workload.model
+    attended = _attention(workload, hardware, network, ours)
+    dense = _with_recompute(workload, {**attended, "mlp": _mlp(workload, hardware, network, ours, model.ffn)})
+    if not model.is_moe:
+        return dense, Cost()
+    parts = {**attended, **_experts(workload, hardware, network, ours)}
+    if model.shared_expert_ffn:
+        parts["shared_experts"] = _mlp(workload, hardware, network, ours, model.shared_expert_ffn)
+    return dense if model.dense_layers else Cost(), _with_recompute(workload, parts)
+
+
+def head(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> Cost:
+    """The output projection and the loss; logits are read and written as 16 bits, then as fp32 (4 and 3 times)."""
+    model, tp = workload.model, workload.layout.tp
+    share = model.vocab // tp
+    # The head stays in 16 bits where layers are in 8.
+    precision = "bf16" if workload.precision == "fp8" else workload.precision
+    made = linear(hardware, precision, workload.tokens, share, model.hidden)
+    loss = moved(hardware, workload.tokens * share, 8 * ours.memory, 5)
+    return _cost(made, loss, ours) + _block(workload, network, ours)
+
+
+def _with_recompute(workload: Workload, parts: dict[str, Cost]) -> Cost:
+    again = parts if "layer" in workload.recompute else [name for name in parts if name in workload.recompute]
+    if "moe" in workload.recompute:
+        again = [*again, *(name for name in ("moe_act",) if name in parts and name not in again)]
+    return sum([*parts.values(), *(parts[name].again for name in again)], Cost())
+
+
+def _cost(products: Seconds, memory: Seconds, ours: Software) -> Cost:
+    """Of products and kernels that move memory; the latter's residual is in their passes already."""
+    return Cost(
+        forward=ours.compute * products.forward + memory.forward,
+        backward=ours.compute * products.backward + memory.backward,
+        kernels=products.kernels + memory.kernels,
+    )
+
+
+def _block(workload: Workload, network: Network, ours: Software) -> Cost:
+    """Collectives of a tensor-parallel block of column- and row-parallel products.
+
+    Without sequence parallelism an all-reduce of its output forward, of its input's gradient backward (Shoeybi et al.
+    2019). With it (Korthikanti et al. 2022) an all-gather and a reduce-scatter each way, and the input gathered once
+    more for the weight gradients, which hides behind the input gradient's product.
+    """
+    layout = workload.layout
+    if layout.tp == 1:
+        return Cost()
+    volume = workload.element * workload.tokens * workload.model.hidden
+    if layout.sp:
+        each = 2 * ours.network * network.all_gather(volume, layout.tp, 1)
+        if ours.blocks_overlap:
+            each /= layout.tp  # one chunk of tp has nothing to hide behind
+    else:
+        each = ours.network * network.all_reduce(volume, layout.tp, 1)
+    return Cost(tensor_forward=each, tensor_backward=each, kernels=2)
+
+
+def _attention(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> dict[str, Cost]:
+    model, layout = workload.model, workload.layout
+    tokens, element = workload.tokens, workload.element
+    heads, kv_heads = model.heads // layout.tp, max(1, model.kv_heads // layout.tp)
+    width = (heads + 2 * kv_heads) * model.head_dim
+    projections = linear(hardware, workload.precision, tokens, width, model.hidden)
+    projections += linear(hardware, workload.precision, tokens, model.hidden, heads * model.head_dim)
+    # Rotary positions and copies between layouts: of queries, keys and values, read and written.
+    copies = moved(hardware, tokens * width, 2 * ours.memory, 3, element)
+    inner = attention(
+        hardware,
+        workload.precision,
+        workload.attention_kernel,
+        workload.micro_batch,
+        workload.sequence_length // layout.cp,
+        workload.sequence_length,
+        heads,
+        model.head_dim,
+    )
+    outside = tokens // layout.tp if layout.sp else tokens
+    norm_passes, norm_kernels = (2, 1) if workload.fused_norm else (14, 6)
+    norms = moved(hardware, outside * model.hidden, 2 * norm_passes * ours.memory, 2 * norm_kernels, element)
+    residuals = moved(hardware, outside * model.hidden, 2 * 3 * ours.memory, 2, element)
+    return {
+        "attention": _cost(projections, copies + residuals, ours) + _block(workload, network, ours),
+        "core_attn": _cost(inner, Seconds(), ours) + _context(workload, network, ours),
+        "layernorm": _cost(Seconds(), norms, ours),
+    }
+
+
+def _context(workload: Workload, network: Network, ours: Software) -> Cost:
+    """What ranks that share a sequence exchange.
+
+    Gathered or passed round, keys and values travel once forward and once more backward, and their gradients back.
+    Ulysses sends queries, keys, values and the output all to all, and the gradients of the four.
+    """
+    layout, model = workload.layout, workload.model
+    if layout.cp == 1:
+        return Cost()
+    keys = 2 * model.kv_heads * model.head_dim / layout.tp
+    if workload.context_attention == "ulysses":
+        volume = workload.element * workload.tokens * (keys + 2 * model.heads * model.head_dim / layout.tp)
+        each = ours.network * network.all_to_all(volume, layout.cp, layout.tp)
+        return Cost(context_forward=each, context_backward=each, kernels=4)
+    each = ours.network * network.all_gather(
+        workload.element * workload.tokens * layout.cp * keys, layout.cp, layout.tp
+    )
+    return Cost(context_forward=each, context_backward=2 * each, kernels=2)
+
+
+def _mlp(workload: Workload, hardware: Hardware, network: Network, ours: Software, ffn: int) -> Cost:
+    """A feed-forward block of all tokens: SwiGLU of three matrices, or GELU of two."""
+    model, width = workload.model, max(1, ffn // workload.layout.tp)
+    gates = 2 if model.gated else 1
+    products = linear(hardware, workload.precision, workload.tokens, gates * width, model.hidden)
+    products += linear(hardware, workload.precision, workload.tokens, model.hidden, width)
+    activation = moved(hardware, workload.tokens * width, (gates + 1) * ours.memory, gates, workload.element)
+    return _cost(products, activation, ours) + _block(workload, network, ours)
+
+
+def _experts(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> dict[str, Cost]:
+    """Router, dispatch, the experts of the busiest rank, combination.
+
+    Each rank sends top_k copies of its tokens; an expert tensor-parallel group gathers those of all its ranks, and
+    scatters the sums.
+    """
+    model, layout, element = workload.model, workload.layout, workload.element
+    tokens = workload.tokens // layout.tp
+    load = LOADS[workload.load] if layout.ep > 1 else 1.0
+    if model.capacity_factor:
+        load = min(load, model.capacity_factor) if workload.load != "balanced" else model.capacity_factor
+    copies = tokens * model.top_k * load
+    local = max(1, model.experts // layout.ep)
+    received = round(copies * layout.etp)
+    gates, width = (2 if model.gated else 1), max(1, model.expert_ffn // layout.etp)
+    rows = max(1, received // local)
+    products = linear(hardware, workload.precision, rows, gates * width, model.hidden, local)
+    products += linear(hardware, workload.precision, rows, model.hidden, width, local)
+    router = moved(hardware, tokens * model.experts, 6 * ours.memory, 10, 4)
+    # Sorted by expert before they are sent and again where they arrive, and both ways back: read and written.
+    sorting = moved(hardware, copies * model.hidden, 8 * ours.memory, 12, element)
+    activation = moved(hardware, received * width, (gates + 1) * ours.memory, gates, element)
+    gate = linear(hardware, workload.precision, tokens, model.experts, model.hidden)
+    volume = element * copies * model.hidden
+    spread = network.all_to_all(volume, layout.ep, layout.etp, model.top_k if workload.dispatcher == "flex" else 0)
+    gathered = network.all_gather(volume * layout.etp, layout.etp, 1)
+    sent = 2 * ours.network
+    return {
+        "moe": _cost(products + gate, router + sorting, ours)
+        + Cost(
+            expert_forward=sent * spread,
+            expert_backward=sent * spread,
+            tensor_forward=sent * gathered,
+            tensor_backward=sent * gathered,
+            kernels=4,
+        ),
+        "moe_act": _cost(Seconds(), activation, ours),
+    }

@@ -1,0 +1,199 @@
+"""What one rank holds while it trains, in bytes, stage by stage; and how likely that is more than a device has.
+
+Sources: mixed-precision states as in ZeRO (Rajbhandari et al. 2020) with Megatron-Core's distributed optimizer;
+activations in activations.py; 1F1B and its interleaved form as in Narayanan et al. 2021. How far real runs lie from the
+sum is fitted by memory_fitting.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from math import erf, sqrt
+
+from jobs.architecture import ModelArchitecture
+from parallel.estimates.activations import layer_bytes
+from parallel.estimates.hardware import Hardware
+from parallel.estimates.workload import Workload
+from parallel.layout import Layout
+
+FITTED: dict[str, float] = json.loads((files("parallel.estimates") / "memory_fitted.json").read_text())
+"""By memory_fitting.py, on split `calibrate` alone. slack: what torch's allocator reserves and kernels use for a moment
+beyond what is counted, a share; spread: a standard deviation, a share; whole_logit_bytes: of a logit where the loss is
+torch's own (16 bits gathered, an fp32 copy, its softmax, their gradients)."""
+
+LIKELY_OUT = 0.5
+"""Probability of running out of memory above which a layout is refused: missed and falsely refused weigh the same."""
+
+LOGIT_ELEMENTS = 4
+"""Of a logit, in elements of the weights' 2 bytes: itself, its gradient, and the fp32 softmax that the loss keeps."""
+
+HEAD_GRADIENT_ELEMENTS = 3
+"""Of a weight of the head while its gradient is made: in the weights' precision and in fp32. With it, what SimuMax
+recorded on split `calibrate` is met within 1%."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on a rank of one stage at the fullest moment of a step, part by part: the mean of what is expected."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+    """Alive for a moment: the widest block's gathered input and gradients, the largest weight's gradient, a layer
+    computed again, ZeRO-3's gathered weights."""
+    overhead: int
+    """What the device holds before the first tensor, and the allocator's slack."""
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    @property
+    def allocated(self) -> int:
+        """Of tensors alone."""
+        return self.total - self.overhead
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the total, bytes, as fitted."""
+        return FITTED["spread"] * self.total
+
+    def p_out_of_memory(self, device_bytes: float) -> float:
+        """That a device of so many bytes does not hold it, by a normal distribution."""
+        return 0.5 * (1 + erf((self.total - device_bytes) / (sqrt(2) * self.spread)))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a pipeline stage holds: numbers of layers, and one rank's parameters, by where they are reduced."""
+
+    dense_layers: int
+    moe_layers: int
+    is_last: bool
+    dense_parameters: int
+    """Reduced over DP x CP."""
+    expert_parameters: int
+    """Reduced over EDP."""
+
+
+@lru_cache(maxsize=1 << 10)
+def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
+    """The pipeline's stages, first to last; with virtual stages, which are dealt out in turn.
+
+    Layers that are left over go one each to the virtual stages after the first, which has the embedding.
+    """
+    parts = layout.pp * layout.vpp
+    per_chunk, over = divmod(model.layers, parts)
+    starts = [per_chunk * part + min(over, max(0, part - 1)) for part in range(parts + 1)]
+    starts[-1] = model.layers
+    every_layer = (
+        model.attention_split_parameters // layout.tp + model.attention_replicated_parameters + model.norm_parameters
+    )
+    dense_ffn = model.ffn_parameters // layout.tp
+    gate = model.hidden * model.shared_expert_gate
+    moe_ffn = model.router_parameters + (model.shared_expert_parameters - gate) // layout.tp + gate
+    experts = model.experts // layout.ep * model.expert_parameters // layout.etp
+    table = model.embedding_parameters // layout.tp
+    found = []
+    for index in range(layout.pp):
+        is_first, is_last = index == 0, index == layout.pp - 1
+        held = [(starts[part], starts[part + 1]) for part in range(index, parts, layout.pp)]
+        per_stage = sum(end - start for start, end in held)
+        dense = sum(max(0, min(end, model.dense_layers) - start) for start, end in held)
+        moe = per_stage - dense
+        # The head is a table of its own; tied, the last stage still needs its copy unless it is the first as well.
+        tables = is_first + (is_last and not (is_first and model.tied_embeddings))
+        found.append(
+            Stage(
+                dense_layers=dense,
+                moe_layers=moe,
+                is_last=is_last,
+                dense_parameters=per_stage * every_layer
+                + dense * dense_ffn
+                + moe * moe_ffn
+                + tables * table
+                + is_last * model.hidden,
+                expert_parameters=moe * experts,
+            )
+        )
+    return tuple(found)
+
+
+def estimate_memory(workload: Workload, device: Hardware) -> MemoryEstimate:
+    """Bytes on a rank of the pipeline stage that holds most."""
+    return max(stage_memory(workload, device), key=lambda estimate: estimate.total)
+
+
+def stage_memory(workload: Workload, device: Hardware) -> list[MemoryEstimate]:
+    """Bytes on a rank of each pipeline stage, first to last."""
+    model, layout, element = workload.model, workload.layout, workload.element
+    dense = layer_bytes(workload, moe=False) if model.dense_layers else None
+    moe = layer_bytes(workload, moe=True) if model.moe_layers else None
+    kept_dense, kept_moe = (each.kept if each else 0.0 for each in (dense, moe))
+    workspace = _workspace(workload) + max(each.again for each in (dense, moe) if each)
+    logit_bytes = LOGIT_ELEMENTS * element / layout.tp if workload.parallel_loss else FITTED["whole_logit_bytes"]
+    head = max(
+        workload.tokens * model.vocab * logit_bytes,
+        model.embedding_parameters / layout.tp * HEAD_GRADIENT_ELEMENTS * element,
+    )
+    # Mixed precision keeps an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
+    optimizer_bytes = 8 if workload.precision == "fp32" else 12
+    estimates = []
+    for index, stage in enumerate(stages(model, layout)):
+        parameters = stage.dense_parameters + stage.expert_parameters
+        shard = stage.dense_parameters / workload.shards + stage.expert_parameters / workload.expert_shards
+        sharded = workload.zero_stage
+        optimizer = (shard if sharded >= 1 else parameters) * (1 - workload.optimizer_offloaded)
+        layers = stage.dense_layers * kept_dense + stage.moe_layers * kept_moe
+        # The head's turn is over before a block's begins: the larger of the two counts.
+        logits = head if stage.is_last and head > workspace else 0.0
+        activations = in_flight(layout, index, workload.micro_batches) * layers
+        # A step of the optimizer finds no activations, but makes fp32 copies of its shard of gradients kept in less.
+        step = shard * 4 if workload.gradient_bytes < 4 else 0.0
+        alive = max(0.0 if logits else workspace, step - activations - logits)
+        allocated = {
+            "weights": 0.0 if workload.weights_offloaded else (parameters if sharded < 3 else shard) * element,
+            "gradients": (parameters if sharded < 2 else shard) * workload.gradient_bytes,
+            "optimizer": optimizer * optimizer_bytes,
+            "activations": activations,
+            "logits": logits,
+            "workspace": alive,
+        }
+        overhead = device.reserved_bytes + FITTED["slack"] * sum(allocated.values())
+        parts = {name: round(value) for name, value in allocated.items()}
+        estimates.append(MemoryEstimate(**parts, overhead=round(overhead)))
+    return estimates
+
+
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a stage holds at once, in units of all its layers (Narayanan et al. 2021)."""
+    if layout.vpp == 1:
+        return min(micro_batches, layout.pp - stage)
+    chunks = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+    return min(micro_batches * layout.vpp, chunks) / layout.vpp
+
+
+def _workspace(workload: Workload) -> float:
+    """Bytes alive for a moment at the turn from forward to backward, but for what is computed again."""
+    model, layout = workload.model, workload.layout
+    widest = max(model.ffn, model.shared_expert_ffn, model.head_dim * model.heads) / layout.tp
+    matrices = model.gated + 1
+    largest_weight = max(
+        matrices * model.hidden * model.ffn / layout.tp,
+        matrices * model.hidden * model.expert_ffn / layout.etp,
+    )
+    elements = workload.tokens * (2 * model.hidden + (matrices + 1) * widest) + largest_weight
+    if workload.zero_stage == 3:
+        # A layer's weights are made whole, and by prefetching those of the next.
+        experts = model.experts / layout.ep * model.expert_parameters / layout.etp if model.moe_layers else 0.0
+        shared = model.router_parameters + model.shared_expert_parameters if model.moe_layers else 0
+        dense = model.ffn_parameters if model.dense_layers else 0
+        layer = (model.attention_parameters + max(dense, shared)) / layout.tp + experts
+        elements += 2 * max(layer, model.embedding_parameters / layout.tp)
+    return workload.element * elements

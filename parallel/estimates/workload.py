@@ -1,0 +1,121 @@
+"""A training step as the planner's arithmetic sees it: what is computed, how it is spread, what is kept.
+
+A job makes one for each layout and micro-batch it may have (`Workload.of`); a row of published measurements makes one
+too (evidence/published.py). Time and memory are estimated from this alone, so that what is validated is what plans.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jobs.architecture import ModelArchitecture
+from jobs.spec import JobSpec
+from parallel.estimates.software import OURS
+from parallel.layout import Layout
+
+Precision = Literal["fp32", "fp16", "bf16", "fp8"]
+"""Of matrix products. With fp8, weights and activations that are kept are bf16."""
+
+Load = Literal["balanced", "natural", "p99"]
+"""How unevenly tokens are routed: forced even; as trained with a balancing loss; as in one step of a hundred."""
+
+AttentionKernel = Literal["flash", "flash1", "fused_softmax", "unfused"]
+"""Keep no scores: FlashAttention 2 and later (cuDNN's, SDPA's too), FlashAttention 1; or write them: with a fused
+softmax, or with each of scaling, masking, softmax and dropout in a kernel of its own."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step of a model at a layout. All sizes are of the whole job unless said otherwise."""
+
+    model: ModelArchitecture
+    layout: Layout
+    sequence_length: int
+    global_batch: int
+    """Sequences a step."""
+    micro_batch: int
+    """Sequences a rank computes at once."""
+    precision: Precision = "bf16"
+    devices_per_node: int = 8
+
+    recompute: frozenset[str] = field(default_factory=frozenset)
+    """Modules that backward computes again, by jobs.spec.RecomputedModule; `{"layer"}` is whole layers."""
+    attention_kernel: AttentionKernel = "flash"
+    fused_norm: bool = True
+    """A norm is one kernel; False: each of its operations is one, in fp32."""
+    fused_activation: bool = True
+    """SwiGLU is one kernel; False: the sigmoid's product is written and kept before the gate multiplies it."""
+    parallel_loss: bool = True
+    """The loss is made of each rank's share of the vocabulary; False: of whole logits, in fp32, on every rank."""
+    software: str = ""
+    """What runs it, as calibrations name it; one that is not known gets arithmetic without residuals."""
+    context_attention: Literal["gather", "ring", "ulysses"] = "gather"
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    load: Load = "natural"
+    """Of experts; with a capacity factor, what is dropped or padded follows from model.capacity_factor."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """Sharded: 1 optimizer state, 2 gradients too, 3 weights too."""
+    optimizer_replicas: int = 1
+    """Copies of the sharded state: it is sharded over 1 / optimizer_replicas of the data parallel ranks."""
+    gradient_bytes: int = 4
+    """Of an element of the accumulated gradient: 4, or 2 where it stays in the weights' precision."""
+    optimizer_offloaded: float = 0.0
+    """Share of the optimizer's state and step that is the host's."""
+    weights_offloaded: bool = False
+
+    @classmethod
+    def of(cls, job: JobSpec, layout: Layout, micro_batch: int) -> Workload:
+        """A job's step at a layout; what the job leaves to the engine is as the engine chooses."""
+        options = job.layout
+        modules = {"none": (), "selective": options.recompute_modules, "full": ("layer",)}[options.recompute]
+        own: Literal["gather", "ulysses"] = "ulysses" if job.engine == "deepspeed" else "gather"
+        on_gpu = job.cluster.device == "cuda"  # a CPU's memory is its device's: nothing leaves it
+        return cls(
+            model=job.model,
+            layout=layout,
+            sequence_length=job.train.sequence_length,
+            global_batch=job.train.global_batch,
+            micro_batch=micro_batch,
+            precision=job.train.precision,
+            devices_per_node=job.cluster.devices_per_node,
+            recompute=frozenset(modules),
+            context_attention=options.context_attention or own,
+            dispatcher=options.dispatcher,
+            zero_stage=options.zero_stage,
+            optimizer_replicas=options.optimizer_replicas,
+            software=OURS if job.engine == "megatron" and on_gpu else "",
+            optimizer_offloaded=float(on_gpu and options.offload_optimizer != "none"),
+            weights_offloaded=on_gpu and options.offload_parameters != "none",
+        )
+
+    @property
+    def fused_attention(self) -> bool:
+        """Attention that keeps no scores."""
+        return self.attention_kernel in ("flash", "flash1")
+
+    @property
+    def micro_batches(self) -> int:
+        """That each rank computes in a step."""
+        return self.global_batch // (self.layout.dp * self.micro_batch)
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, seen by each tensor-parallel group."""
+        return self.micro_batch * self.sequence_length // self.layout.cp
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which dense state is sharded."""
+        return max(1, self.layout.dp * self.layout.cp // self.optimizer_replicas)
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks over which experts' state is sharded."""
+        return max(1, self.layout.edp // self.optimizer_replicas)

@@ -1,0 +1,131 @@
+"""Why a plan is what it is: where its time and memory go, and what each neighbour one knob away would change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from jobs.spec import JobSpec, LayoutSpec
+from parallel.capabilities import why_refused
+from parallel.estimates.hardware import Hardware
+from parallel.estimates.memory import estimate_memory
+from parallel.estimates.workload import Workload
+from parallel.layout import ATTENTION_AXES, Layout
+from parallel.planning.planner import Plan, price, resolve
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """The chosen plan with one knob turned: what it would be, or the rule that stops it."""
+
+    change: tuple[tuple[str, Any, Any], ...]
+    """Fields of LayoutSpec with their value before and after."""
+    obstacle: str | None
+    """The engine's rule that it breaks, with the numbers; None where only memory may stop it."""
+    plan: Plan | None
+    """None where there is an obstacle."""
+    seconds_gained: float
+    """A step, against the chosen plan; below 0 it is slower."""
+    missing_bytes: int
+    """Beyond a device's memory; 0: it fits."""
+
+    @property
+    def label(self) -> str:
+        """`tp 2 -> 1, dp 4 -> 8`."""
+        return ", ".join(f"{name} {before} -> {after}" for name, before, after in self.change)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "change": {name: after for name, _, after in self.change},
+            "obstacle": self.obstacle,
+            "step_seconds": self.plan and self.plan.time.total,
+            "memory_bytes": self.plan and self.plan.memory.total,
+            "seconds_gained": self.seconds_gained if self.plan else None,
+            "missing_bytes": self.missing_bytes if self.plan else None,
+        }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`time` and `memory` sum to the plan's step and to its memory, the largest part first."""
+
+    time: dict[str, float]
+    memory: dict[str, int]
+    neighbours: tuple[Neighbour, ...]
+    """Those that run and fit, fastest first; then those that memory stops, likewise; then those that a rule stops."""
+
+    @property
+    def held_back(self) -> Neighbour | None:
+        """The fastest of those that more memory would allow and that are faster than the plan."""
+        short = (each for each in self.neighbours if each.missing_bytes and each.seconds_gained > 0)
+        return next(short, None)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "time_seconds": self.time,
+            "memory_bytes": self.memory,
+            "neighbours": [neighbour.as_dict() for neighbour in self.neighbours],
+        }
+
+
+def explain(job: JobSpec, plan: Plan, device: Hardware) -> Explanation:
+    """Of a plan of `job` on `device`. What the job fixes is turned too: it may be what holds the plan back."""
+    chosen = resolve(job, plan)
+    neighbours = [_neighbour(chosen, changes, plan, device) for changes in _turns(chosen)]
+    neighbours.sort(key=lambda each: (each.obstacle is not None, each.missing_bytes > 0, -each.seconds_gained))
+    return Explanation(_largest_first(asdict(plan.time)), _largest_first(asdict(plan.memory)), tuple(neighbours))
+
+
+def _largest_first(parts: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted(((name, part) for name, part in parts.items() if part), key=lambda part: -part[1]))
+
+
+def _neighbour(chosen: JobSpec, changes: dict[str, Any], plan: Plan, device: Hardware) -> Neighbour:
+    """`chosen` has every degree and the micro-batch given."""
+    turned = chosen.model_copy(update={"layout": chosen.layout.model_copy(update=changes)})
+    change = tuple((name, getattr(chosen.layout, name), getattr(turned.layout, name)) for name in changes)
+    obstacle = why_refused(turned)
+    if obstacle is not None:
+        return Neighbour(change, obstacle, None, 0.0, 0)
+    layout, micro_batch = Layout.of(turned.layout), turned.layout.micro_batch or 1
+    memory = estimate_memory(Workload.of(turned, layout, micro_batch), device)
+    found = price(turned, layout, micro_batch, memory, device)
+    missing = max(0, found.memory.total - device.memory_bytes)
+    return Neighbour(change, None, found, plan.time.total - found.time.total, missing)
+
+
+def _turns(chosen: JobSpec) -> Iterator[dict[str, Any]]:
+    """Changes of LayoutSpec, each one knob. Of two degrees, one is doubled and the other, which makes room, halved."""
+    layout = chosen.layout
+    degrees = layout.degrees
+    for more in ATTENTION_AXES:
+        for less in ATTENTION_AXES:
+            # A pipeline that ends has no virtual stages.
+            ends = {"vpp": 1} if less == "pp" and degrees["pp"] == 2 and degrees["vpp"] > 1 else {}
+            if more != less and degrees[less] % 2 == 0:
+                yield {more: 2 * degrees[more], less: degrees[less] // 2, **ends}
+    if chosen.model.is_moe:
+        yield from _experts_turned(degrees)
+        yield from ({"dispatcher": other} for other in _others(layout, "dispatcher"))
+    for name, value in (("micro_batch", layout.micro_batch or 1), ("vpp", degrees["vpp"])):
+        if name == "micro_batch" or degrees["pp"] > 1:
+            yield {name: 2 * value}
+            if value % 2 == 0:
+                yield {name: value // 2}
+    yield from ({"recompute": other} for other in _others(layout, "recompute"))
+    yield from ({"zero_stage": other} for other in _others(layout, "zero_stage") if abs(other - layout.zero_stage) == 1)
+
+
+def _experts_turned(degrees: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Replicas of experts (edp) take up what ep or etp leaves, or one of these the other's."""
+    for more, less in (("ep", "etp"), ("etp", "ep")):
+        yield {more: 2 * degrees[more]}
+        if degrees[less] % 2 == 0:
+            yield {less: degrees[less] // 2}
+            yield {more: 2 * degrees[more], less: degrees[less] // 2}
+
+
+def _others(layout: LayoutSpec, name: str) -> list[Any]:
+    """Values of a field of LayoutSpec that it does not have."""
+    return [value for value in get_args(LayoutSpec.model_fields[name].annotation) if value != getattr(layout, name)]
