@@ -21,6 +21,9 @@ from parallel.estimates.software import Software, software
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 
+SENDING_PROCESSORS = 24
+"""Streaming multiprocessors that DeepEP and HybridEP send and receive with (DeepEP's README; 16 to 32 in use)."""
+
 VARIATION = 0.015
 """Standard deviation of equal devices' speed: in five clusters 8% lay between the whiskers of its distribution, which
 are 5.4 standard deviations apart (Sinha et al., Not All GPUs Are Created Equal, SC 2022)."""
@@ -127,11 +130,16 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
     host = network.hardware.launch_seconds * ours.launch * cost.kernels
     forward, backward = slowest * cost.forward, slowest * cost.backward
     waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
+    compute, expert = forward + backward, cost.expert_forward + cost.expert_backward
+    if workload.experts_overlap:
+        # While tokens travel, the kernels that send them keep their share of the processors from computation.
+        compute += min(1.0, SENDING_PROCESSORS / network.hardware.processors) * expert
+        expert = max(0.0, expert - compute)
     return _Pass(
-        compute=forward + backward,
+        compute=compute,
         launch=waits,
         tensor=cost.tensor_forward + cost.tensor_backward,
-        expert=cost.expert_forward + cost.expert_backward,
+        expert=expert,
         context=cost.context_forward + cost.context_backward,
         pipeline=sends,
         forward=forward + cost.collectives_forward,

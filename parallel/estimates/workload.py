@@ -52,6 +52,9 @@ class Workload:
     """What runs it, as calibrations name it; one that is not known gets arithmetic without residuals."""
     context_attention: Literal["gather", "ring", "ulysses"] = "gather"
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    experts_overlap: bool = False
+    """All-to-alls of a micro-batch travel beside another's computation (Megatron-Core's 1F1B overlap; DeepSeek-V3,
+    arXiv 2412.19437, section 3.2.1)."""
     load: Load = "natural"
     """Of experts; with a capacity factor, what is dropped or padded follows from model.capacity_factor."""
 

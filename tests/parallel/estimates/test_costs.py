@@ -152,3 +152,12 @@ def test_a_laptop_shares_its_memory_and_cores_among_its_ranks() -> None:
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(InputError, match=r"^cluster.hardware=h10: unknown hardware; known: .*; nearest valid: h100$"):
         hardware("h10", 8)
+
+
+def test_all_to_alls_beside_another_micro_batch_take_processors_from_it(make_job: Any) -> None:
+    job = make_job("mixtral_8x7b", "h100_x8", global_batch=8)
+    step, device = Workload.of(job, Layout(dp=8, ep=8), 1), hardware("h100", 8)
+    alone, beside = (estimate_time(replace(step, experts_overlap=overlap), device) for overlap in (False, True))
+    assert beside.expert == 0 < alone.expert
+    assert beside.compute == pytest.approx(alone.compute + alone.expert * 24 / 132)
+    assert beside.total < alone.total
