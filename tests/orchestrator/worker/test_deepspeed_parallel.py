@@ -44,7 +44,6 @@ MODELS = {
         router_normalize_top_k=False,
     ),
     "deepseek": ModelArchitecture(name="deepseek", **_SHAPE, **_MOE, router_score="sigmoid", router_bias=True),
-    "dropping": ModelArchitecture(name="dropping", **_SHAPE, **_MOE, capacity_factor=1.0, drop_order="position"),
 }
 
 
@@ -71,17 +70,10 @@ def job(model: str, layout: dict[str, Any], *, precision: str = "fp32", packing:
     )
 
 
+# Where a layer's place in the pipeline matters; tests/exactness has every kind of layout.
 EXACT = [
-    job("qwen", {"zero_stage": 0, "tp": 2, "etp": 2}),
-    job("dense", {"zero_stage": 1, "tp": 2, "dp": 2}),
-    job("qwen", {"zero_stage": 2, "tp": 2, "dp": 2, "etp": 2, "ep": 2}, packing=True),
-    job("deepseek", {"zero_stage": 0, "cp": 2}, packing=True),
-    job("dropping", {"zero_stage": 1, "cp": 2}),
-    job("qwen", {"zero_stage": 3, "cp": 2}),
-    job("qwen", {"zero_stage": 0, "pp": 2}, packing=True),
     job("dense", {"zero_stage": 1, "pp": 4}),
     job("deepseek", {"zero_stage": 1, "pp": 2, "recompute": "full"}),
-    job("qwen", {"zero_stage": 1, "pp": 2, "dp": 2, "ep": 2}),
     job("qwen", {"zero_stage": 1, "pp": 2, "tp": 2, "etp": 2}),
 ]
 
@@ -95,9 +87,8 @@ _account: Any = cache(lambda text: oracle(JobSpec.model_validate_json(text)))
 
 
 def account(case: JobSpec) -> Account:
-    """Of a case, once for all layouts of a model from which no token is dropped."""
-    if not case.model.capacity_factor:
-        case = case.model_copy(update={"layout": LayoutSpec()})
+    """Of a case, once for all layouts of its model."""
+    case = case.model_copy(update={"layout": LayoutSpec()})
     return _account(case.model_dump_json())  # type: ignore[no-any-return]
 
 
@@ -147,25 +138,14 @@ def _call(rank: int, run: Run) -> list[float]:
     return run(rank)
 
 
-SAVED = [
-    ({"zero_stage": 1, "pp": 2, "tp": 2, "etp": 2}, {"zero_stage": 3, "cp": 2}),
-    ({"zero_stage": 3, "cp": 2}, {"zero_stage": 1, "pp": 2, "dp": 2, "ep": 2}),
-]
-
-
-@pytest.mark.parametrize(("here", "there"), SAVED, ids=str)
-def test_a_checkpoint_resumes_bit_equal_and_elsewhere(
-    ranks: Ranks, tmp_path: Path, here: dict[str, Any], there: dict[str, Any]
-) -> None:
+def test_a_checkpoint_resumes_bit_equal_and_elsewhere(ranks: Ranks, tmp_path: Path) -> None:
+    here, there = {"zero_stage": 1, "pp": 2, "tp": 2, "etp": 2}, {"zero_stage": 3, "cp": 2}
     start(ranks, Run(job("qwen", here), range(1, 3), save=tmp_path))
     rest = range(3, 5)
     resumed = start(ranks, Run(job("qwen", here), rest, load=tmp_path))
     assert resumed == start(ranks, Run(job("qwen", here), range(1, 5)))[6:]
-    # As many rows in all for a validation, which takes one a dp rank.
     elsewhere = start(ranks, Run(job("qwen", there), rest, load=tmp_path))
-    rows_agree = here.get("dp", 1) == there.get("dp", 1)
-    compared = [index for index in range(len(resumed)) if rows_agree or index % 3 != 2]
-    np.testing.assert_allclose(np.take(elsewhere, compared), np.take(resumed, compared), rtol=1e-5)
+    np.testing.assert_allclose(elsewhere, resumed, rtol=1e-5)
 
 
 def test_bf16_trains_as_fp32_does(ranks: Ranks) -> None:

@@ -76,13 +76,8 @@ def account(model: str, packed: bool) -> Account:
 @pytest.mark.parametrize(
     ("model", "layout", "way", "packed"),
     [
-        ("qwen", Layout(), "gather", True),
-        ("mixtral", Layout(cp=2), "gather", False),
-        ("mixtral", Layout(cp=2), "ring", True),
-        ("mixtral", Layout(tp=2, cp=2, ep=2), "gather", True),
         ("mixtral", Layout(cp=4, ep=2, etp=2), "ring", False),
         ("qwen", Layout(tp=2, cp=2, pp=2, ep=2), "ring", True),
-        ("mixtral", Layout(pp=2, vpp=2, dp=2, ep=2), "gather", False),
         ("qwen", Layout(pp=2, vpp=2, cp=2), "gather", True),
     ],
     ids=lambda value: getattr(value, "label", str(value)),

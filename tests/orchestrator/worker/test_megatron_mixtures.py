@@ -71,15 +71,11 @@ _DROP_LIGHT, _DROP_LATE = {"capacity_factor": 1.0}, {"capacity_factor": 0.5, "dr
 
 # Experts over tensor, context and data parallel ranks, cut themselves, and copied over tensor parallel ranks.
 DISPATCHED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("alltoall", {}, {"tp": 2, "dp": 2, "ep": 4}),
     ("alltoall", _FEW_TOKENS, {"tp": 2, "ep": 2}),
-    ("alltoall", _DROP_LIGHT, {"tp": 2, "cp": 2, "ep": 4}),
     ("alltoall", _DROP_LATE, {"dp": 4, "ep": 2, "etp": 2}),
     ("allgather", {}, {"tp": 2}),
-    ("allgather", {}, {"tp": 2, "dp": 2, "etp": 2}),
     ("allgather", _FEW_TOKENS, {"tp": 2, "ep": 2}),
     ("allgather", _DROP_LIGHT, {"dp": 4, "ep": 2, "etp": 2}),
-    ("allgather", _DROP_LATE, {"tp": 2, "dp": 2, "ep": 4}),
 ]
 
 
