@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_jobs import small_job, small_model
 
-from jobs.architecture import ModelArchitecture
-from jobs.spec import CheckpointSpec, ClusterSpec, DataSpec, JobSpec, LayoutSpec, PolicySpec, TrainSpec
+from jobs.spec import JobSpec, LayoutSpec
 from orchestrator.worker.engines.deepspeed import build
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
 from orchestrator.worker.exactness.oracle import Account, oracle
@@ -25,49 +25,13 @@ from parallel.layout import Layout
 
 STEPS = 10
 
-_SHAPE: dict[str, Any] = {"init_std": 0.1, "layers": 4, "hidden": 32, "heads": 8, "kv_heads": 4, "head_dim": 4}
-_SHAPE |= {"ffn": 48, "vocab": 64}
-_MOE: dict[str, Any] = {"experts": 4, "top_k": 2, "expert_ffn": 24, "aux_loss": 0.05, "z_loss": 0.01}
-MODELS = {
-    "dense": ModelArchitecture(name="dense", **_SHAPE),
-    # Of the two stages of pp2 one has a dense layer and the other a copy of the embedding.
-    "qwen": ModelArchitecture(
-        name="qwen",
-        **_SHAPE,
-        **_MOE,
-        tied_embeddings=True,
-        attention_bias=True,
-        qk_norm=True,
-        shared_expert_ffn=40,
-        shared_expert_gate=True,
-        first_dense_layers=1,
-        router_normalize_top_k=False,
-    ),
-    "deepseek": ModelArchitecture(name="deepseek", **_SHAPE, **_MOE, router_score="sigmoid", router_bias=True),
-}
+_SHAPE: dict[str, Any] = {"layers": 4, "heads": 8, "kv_heads": 4, "head_dim": 4}
+MODELS = {kind: small_model(kind, **_SHAPE) for kind in ("dense", "qwen", "deepseek")}
 
 
-def job(model: str, layout: dict[str, Any], *, precision: str = "fp32", packing: bool = False) -> JobSpec:
-    return JobSpec(
-        name=model,
-        engine="deepspeed",
-        model=MODELS[model],
-        data=DataSpec(files=("unused",), packing=packing),
-        cluster=ClusterSpec(name="test", device="cpu", hardware="laptop", devices_per_node=8),
-        layout=LayoutSpec(**{"micro_batch": 2} | layout),
-        train=TrainSpec(
-            steps=STEPS,
-            sequence_length=16,
-            global_batch=8,
-            precision=precision,
-            learning_rate=5e-3,
-            weight_decay=0.1,
-            adam_epsilon=1e-6,
-            clip_grad_norm=0.5,
-        ),
-        checkpoint=CheckpointSpec(interval=STEPS),
-        policy=PolicySpec(),
-    )
+def job(model: str, layout: dict[str, Any], *, precision: str = "fp32") -> JobSpec:
+    train: dict[str, Any] = {"steps": STEPS, "precision": precision, "learning_rate": 5e-3, "adam_epsilon": 1e-6}
+    return small_job(MODELS[model], layout, engine="deepspeed", checkpoint_interval=STEPS, **train)
 
 
 # Where a layer's place in the pipeline matters; tests/exactness has every kind of layout.
