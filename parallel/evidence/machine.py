@@ -21,6 +21,8 @@ from parallel.estimates.operators import attention, product
 from parallel.estimates.workload import Precision
 from parallel.evidence.fitting import PRODUCTS, descend
 
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+
 Found = dict[str, Any]
 """Values of fields of Hardware."""
 
@@ -147,7 +149,7 @@ def _attention(measured: Measured, device: Hardware) -> Found:
 
 def _links(measured: Measured, device: Hardware) -> Found:
     """Fixed cost of a collective, latency and bandwidth, of every collective, group and size at once."""
-    samples = measured.of("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+    samples = measured.of(*COLLECTIVES)
     if len({each.sizes["bytes"] for each in samples}) < 2:
         return {}
     units = ((1.0, Link(0.0, np.inf)), (0.0, Link(1.0, np.inf)), (0.0, Link(0.0, 1.0)))

@@ -9,12 +9,12 @@ from typing import Any
 
 from parallel.estimates.devices import known
 from parallel.estimates.hardware import WANTED, Hardware, Link, hardware, nearest, read_profile, shipped_text
-from parallel.evidence.machine import Measured, Sample, measured_fields
+from parallel.evidence.machine import COLLECTIVES, Measured, Sample, measured_fields
 
 _HOW = {
     "memory_bytes": "what torch reports",
     "processors": "what torch reports",
-    "reserved_bytes": "taken on the device beside tensors, after a collective and a product",
+    "reserved_bytes": "what tensors do not hold, with five communicators of {devices} devices and products' workspace",
     "memory_bytes_per_second": "a copy",
     "bf16_flops": "products of several shapes",
     "fp32_flops": "products of several shapes",
@@ -27,11 +27,12 @@ _HOW = {
     "attention_backward_flops": "causal attention by torch's choice of kernel",
     "kernel_seconds": "a CUDA graph of the smallest kernels",
     "launch_seconds": "operations of a layer on the smallest tensors",
-    "collective_seconds": "all collectives of {devices} devices together",
-    "fast_link": "all collectives of {devices} devices together",
+    "collective_seconds": "{collectives} on up to {devices} devices",
+    "fast_link": "{collectives} on up to {devices} devices",
     "host_link": "copies from and to pinned memory, {devices} devices at once",
     "host_adam_bytes_per_second": "torch's fused Adam, {devices} devices at once",
 }
+_JOINT = ("collective_seconds", "fast_link")
 _PARTS = {
     "memory": ("memory_bytes_per_second",),
     "launches": ("launch_seconds",),
@@ -41,6 +42,7 @@ _PARTS = {
     "fp8": ("fp8_flops",),
     "sums": ("accumulate",),
     "attention": ("attention_forward_flops", "attention_backward_flops"),
+    **dict.fromkeys(COLLECTIVES, _JOINT),
     "host": ("host_link", "host_adam_bytes_per_second", "reserved_bytes"),
 }
 """Fields that are for want of a part not measured."""
@@ -82,17 +84,18 @@ def document(machine: Machine, measured: Measured, date: str) -> dict[str, Any]:
     found = measured_fields(measured, shipped)
     facts = {} if same else _facts(machine)
     by = f"measured on {machine.described}, {date}"
+    timed = ", ".join(what for what in COLLECTIVES if measured.of(what))
     fields: dict[str, Any] = {"name": shipped.name if same else "-".join(machine.device.lower().split())}
     for name in WANTED:
         if name in found:
-            how = _HOW[name].format(devices=machine.count)
+            how = _HOW[name].format(devices=machine.count, collectives=timed)
             fields[name] = {"value": _plain(found[name]), "source": f"{by}: {how}"}
         elif name in facts:
             fields[name] = {"value": facts[name][0], "source": facts[name][1]}
         else:
             source = f"as in the profile {shipped.name}: {given[name]['source']}"
             if not (same and name in _FACTS):
-                source = f"not measured{_why(name, measured)}; {source}"
+                source = f"not measured{_why(name, machine, measured)}; {source}"
             fields[name] = {"value": given[name]["value"], "source": source}
     samples = [asdict(each) for each in measured.samples]
     return fields | {"measured": {"samples": samples, "failed": dict(measured.failed)}}
@@ -110,8 +113,10 @@ def _facts(machine: Machine) -> dict[str, tuple[Any, str]]:
     }
 
 
-def _why(name: str, measured: Measured) -> str:
+def _why(name: str, machine: Machine, measured: Measured) -> str:
     reasons = [f"{part}: {why}" for part, why in measured.failed.items() if name in _PARTS.get(part, ())]
+    if name in _JOINT and machine.count == 1:
+        reasons.append("one device")
     return f" ({'; '.join(reasons)})" if reasons else ""
 
 

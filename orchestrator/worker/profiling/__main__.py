@@ -16,9 +16,12 @@ import torch
 from orchestrator.worker.profiling import kernels, links, machine
 from orchestrator.worker.profiling.timing import tell
 from orchestrator.worker.ranks import Ranks
+from parallel.evidence.machine import COLLECTIVES
 
 DEVICE_SHARE, HOST_SHARE = 0.55, 0.1
 """Of the time; the collectives share the rest."""
+IMPORT_SECONDS = 120.0
+"""That torch may take to be imported, once for all ranks."""
 START_SECONDS = 45.0
 """That ranks may take beyond what they measure: processes, CUDA, NCCL."""
 
@@ -28,14 +31,14 @@ def main() -> None:
     kind = "cuda" if torch.cuda.device_count() else "cpu"
     ranks = Ranks(kind, preload=("orchestrator.worker.profiling.kernels", "orchestrator.worker.profiling.links"))
     world = torch.cuda.device_count() if kind == "cuda" else max(2, len(os.sched_getaffinity(0)))
-    facts: dict[str, Any] = ranks.run(1, machine.facts, kind, seconds=START_SECONDS)[0]
+    facts: dict[str, Any] = ranks.run(1, machine.facts, kind, seconds=IMPORT_SECONDS)[0]
     tell(machine={**facts, "kind": kind, "devices": world})
     free = facts["free_bytes"] // (1 if kind == "cuda" else world)
     part = _Parts(ranks, time.monotonic() + seconds + 2 * START_SECONDS)
     part.run("device", 1, kernels.measure, kind, free, seconds * DEVICE_SHARE)
     part.run("host", world, links.host, kind, free, seconds * HOST_SHARE)
-    each = seconds * (1 - DEVICE_SHARE - HOST_SHARE) / len(links.COLLECTIVES)
-    for name in links.COLLECTIVES if world > 1 else ():
+    each = seconds * (1 - DEVICE_SHARE - HOST_SHARE) / len(COLLECTIVES)
+    for name in COLLECTIVES if world > 1 else ():
         part.run(name, world, links.collective, kind, name, free, each)
 
 

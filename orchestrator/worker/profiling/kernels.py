@@ -80,7 +80,7 @@ class Kernels:
         graph = torch.cuda.CUDAGraph()
         small.add_(1.0)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for _ in range(number):
                 small.add_(1.0)
         sample("kernel", timed(self.device, [graph.replay], seconds) / number)
@@ -199,6 +199,7 @@ def measure(rank: int, kind: str, free_bytes: int, seconds: float) -> None:
     shares = sum(share for share, _ in measures.values())
     for name, (share, made) in measures.items():
         tell(doing=name)
+        torch.cuda.empty_cache()
         try:
             made(seconds * share / shares)
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # an operator that is not there

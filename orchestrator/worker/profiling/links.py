@@ -13,12 +13,12 @@ from torch import Tensor
 
 from orchestrator.worker.profiling.timing import Call, gpu_batch, sample, tell
 
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 TOTAL_BYTES = {
     "cuda": (2**16, 2**20, 2**23, 2**26, 2**28, 2**30),
     "cpu": (2**12, 2**16, 2**20, 2**23),
 }
 """That each rank holds before an all-reduce or an all-to-all, or after an all-gather."""
+_AXES = ("tp", "cp", "dp", "pp", "ep")
 COPIED_BYTES = (2**16, 2**20, 2**24, 2**28)
 _ADAM_PARAMETERS = {"cuda": 2**25, "cpu": 2**23}
 _MOST_CALLS = 100
@@ -73,9 +73,10 @@ def host(rank: int, kind: str, free_bytes: int, seconds: float) -> None:
             taken = _together(_copy(to, source), device, seconds / 4 / len(COPIED_BYTES))
             if rank == 0:
                 sample(name, taken, bytes=size)
-    # NCCL's buffers and a product's workspace are there from now on.
+    # What training opens: a communicator for each axis of a layout, and the workspace of products.
     weight = torch.ones(1024, 1024, device=device, dtype=torch.bfloat16)
-    dist.all_reduce(weight @ weight)
+    for _ in _AXES:
+        dist.all_reduce(weight @ weight, group=dist.new_group(list(range(world))))
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     if rank == 0:

@@ -12,7 +12,7 @@ from orchestrator.worker.profiling import kernels, links
 from parallel.estimates.hardware import WANTED, Hardware, Link, hardware
 from parallel.estimates.network import Network
 from parallel.estimates.operators import attention, product
-from parallel.evidence.machine import Measured, Sample, grouped_rate, measured_fields
+from parallel.evidence.machine import COLLECTIVES, Measured, Sample, grouped_rate, measured_fields
 
 TRUE = replace(
     hardware("h200", 8),
@@ -59,7 +59,7 @@ def timings(device: Hardware) -> Iterator[Sample]:
         sizes = {"sequences": sequences, "length": length, "heads": heads, "width": width}
         yield Sample("attention", both.forward, "bf16", sizes)
         yield Sample("attention_backward", both.backward, "bf16", sizes)
-    for name in links.COLLECTIVES:
+    for name in COLLECTIVES:
         for size in (2, 4, 8):
             network = Network(device, size)
             for total in links.TOTAL_BYTES["cuda"]:
