@@ -15,7 +15,7 @@ _HOW = {
     "memory_bytes": "what torch reports",
     "processors": "what torch reports",
     "reserved_bytes": "what tensors do not hold, with five communicators of {devices} devices and products' workspace",
-    "memory_bytes_per_second": "a copy",
+    "memory_bytes_per_second": "a kernel that reads and writes",
     "bf16_flops": "products of several shapes",
     "fp32_flops": "products of several shapes",
     "fp8_flops": "products scaled by tensor",
