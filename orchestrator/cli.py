@@ -63,9 +63,11 @@ def _resolved(options: argparse.Namespace, *, here: bool) -> tuple[Any, Any]:
     """The job as it is to be run, on this machine if `here`, and its planning."""
     from jobs import compose
     from orchestrator.control import need, session
+    from orchestrator.control.planning import announce
     from parallel.planning import planner
 
     job = compose.compose(options.job, options.overrides)
+    announce(planner.device_of(job))
     planning = planner.plan_job(job)
     job = planner.resolve(job, planning.plans[0])
     session.check_fault(job)

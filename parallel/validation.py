@@ -67,7 +67,7 @@ def predict(row: Row) -> Prediction:
         return Prediction(row, reason=str(error))
     seconds, step = min(steps, key=lambda pair: pair[0])
     flops = row.flops_per_token(step) * step.global_batch * step.sequence_length
-    return Prediction(row, seconds, flops / seconds / step.layout.world / 1e12)
+    return Prediction(row, seconds, flops / seconds / step.layout.world / 1e12, reason=device.notice)
 
 
 def candidates(row: Row) -> list[Workload]:

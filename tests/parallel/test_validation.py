@@ -52,6 +52,13 @@ def test_what_cannot_be_priced_carries_its_reason(tmp_path: Path) -> None:
     assert lines[1]["predicted_step_seconds"] == ""
 
 
+def test_a_device_without_a_profile_is_priced_as_the_nearest_and_that_is_said() -> None:
+    near, own = (validation.predict(row(gpu_type=name)) for name in ("GB300 (NVL72)", "GB200 (NVL72)"))
+    assert near.step_seconds == own.step_seconds
+    assert near.reason.startswith("GB300 (NVL72) HAS NO PROFILE: planned as if it were gb200_nvl72")
+    assert own.reason == ""
+
+
 def test_what_a_row_leaves_open_is_chosen() -> None:
     assert {step.micro_batch for step in validation.candidates(row(mbs=""))} == {1, 2, 4, 8}
     assert {step.layout.vpp for step in validation.candidates(row(vpp=""))} == {1, 2, 3, 6}
