@@ -106,8 +106,9 @@ def write(predictions: Iterable[Prediction], path: Path) -> None:
             if each.step_seconds is not None:
                 line["predicted_step_seconds"] = f"{each.step_seconds:.6g}"
                 line["predicted_tflops_per_gpu"] = f"{each.tflops:.5g}"
-                line["step_seconds_low"] = f"{each.step_seconds / spread():.6g}"
-                line["step_seconds_high"] = f"{each.step_seconds * spread():.6g}"
+                factor = spread(each.row.software)
+                line["step_seconds_low"] = f"{each.step_seconds / factor:.6g}"
+                line["step_seconds_high"] = f"{each.step_seconds * factor:.6g}"
             writer.writerow(line)
 
 
