@@ -108,7 +108,7 @@ class Row:
             micro_batch=micro,
             precision=self._precision(),
             devices_per_node=self._count("gpus_per_node"),
-            recompute=self.recompute,
+            recompute=self.recompute or frozenset(),
             attention_kernel=self._attention_kernel(),
             fused_norm=not self.software.startswith("AA-Scaling") or "RMS" in self.cells["attn_kernel"],
             fused_activation=self.software != "AA-Scaling",
@@ -149,6 +149,12 @@ class Row:
         return self._count("gbs") * self._count("seq_len") / (tokens * self._count("gpus"))
 
     @property
+    def ran_out(self) -> bool | None:
+        """Of memory; None where the row does not say whether it ran."""
+        status = self.cells.get("status", "")
+        return True if status.startswith("oom") else False if status.startswith("ok") else None
+
+    @property
     def tflops(self) -> float | None:
         """As measured, a device's; from the share of its peak where only that is given."""
         share = self.number("mfu_pct")
@@ -173,12 +179,14 @@ class Row:
         return self.cells["framework"].partition(" (")[0]
 
     @property
-    def recompute(self) -> frozenset[str]:
-        """By modules; `{"layer"}` is whole layers. What is not said is taken for none."""
+    def recompute(self) -> frozenset[str] | None:
+        """By modules; `{"layer"}` is whole layers. None where it is not said."""
         text = self.cells["recompute"].removeprefix("selective").lstrip(": ")
         if text.startswith("full"):
             return frozenset({"layer"})
-        if text in ("", "none") or text.startswith("unknown"):
+        if text == "" or text.startswith("unknown"):
+            return None
+        if text == "none":
             return frozenset()
         if text in ("layer", "op"):
             raise UnpricedError(
