@@ -1,8 +1,8 @@
 """From what was timed on a machine to the profile of its devices: every number as the estimates use it.
 
 Numbers are found by the estimates' own formulas, so that a profile gives back the seconds that it was made from: what
-is linear in a number by least squares of relative errors, how products depend on their shape by descent, as in
-fitting.py. What was not measured is taken from the nearest profile that is shipped, and its source says so.
+is linear in a number by least squares of relative errors, how products depend on their shape by fitting.fit. What was
+not measured is taken from the nearest profile that is shipped, and its source says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from parallel.estimates.hardware import Hardware, Link
 from parallel.estimates.network import Network
 from parallel.estimates.operators import attention, product
 from parallel.estimates.workload import Precision
-from parallel.evidence.fitting import PRODUCTS, descend
+from parallel.evidence.fitting import PRODUCTS, Point, Vector, fit
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
@@ -60,8 +60,8 @@ def measured_fields(measured: Measured, nearest: Hardware) -> Found:
     """Every field of Hardware that the samples tell. `nearest` stands for the others."""
     found: Found = dict(measured.facts)
     # What moves memory bounds a product, so it is known before products are fitted.
-    for fit in (_memory, _shortest, _products, _sums, _attention, _links, _host):
-        found |= fit(measured, replace(nearest, **found))
+    for part in (_memory, _shortest, _products, _sums, _attention, _links, _host):
+        found |= part(measured, replace(nearest, **found))
     return found
 
 
@@ -106,24 +106,19 @@ def _shapes(samples: Sequence[Sample], device: Hardware) -> Found:
     """Rate of large products and what shape costs them."""
     rate, fastest = f"{samples[0].precision}_flops", _fastest(samples)
     # No shape reaches the rate that there is before shape costs anything; half of that is left for what it costs.
-    bounds = {"rate": (0.95, 2.0), "half_depth": PRODUCTS["half_depth"]}
-    start = {"rate": 1.05, "half_depth": 50.0}
+    start, bounds = {rate: 1.05, "half_depth": 150.0}, {rate: (0.95, 2.0), "half_depth": PRODUCTS["half_depth"]}
     if device.processors > 1:
+        start |= {"tile_128": 0.9, "tile_64": 0.7}
         bounds |= {name: PRODUCTS[name] for name in ("tile_128", "tile_64")}
-        start |= {"tile_128": 0.95, "tile_64": 0.8}
 
-    def fields(point: Found) -> Found:
-        return {rate if name == "rate" else name: value for name, value in point.items()}
+    def fields(point: Point) -> Found:
+        return {**point, rate: point[rate] * fastest}
 
-    def tried(point: Found) -> Hardware:
-        return replace(device, **fields(point | {"rate": point["rate"] * fastest}))
+    def errors(point: Point) -> Vector:
+        tried = replace(device, **fields(point))
+        return np.array([np.log(_product_seconds(tried, each) / each.seconds) for each in samples])
 
-    def loss(point: dict[str, float]) -> float:
-        there = tried(point)
-        return float(np.mean([abs(np.log(_product_seconds(there, each) / each.seconds)) for each in samples]))
-
-    found = descend(loss, start, bounds)
-    return fields(found | {"rate": found["rate"] * fastest})
+    return fields(fit(errors, start, bounds))
 
 
 def _fastest(samples: Sequence[Sample]) -> float:
