@@ -81,6 +81,33 @@ def _run(options: argparse.Namespace) -> Answer:
     return _train(session.create(job, planning, options.run_root, "here"), job, options)
 
 
+def _tune(options: argparse.Namespace) -> Answer:
+    from jobs import compose
+    from orchestrator.control import cluster, need, session, tune
+    from orchestrator.control.measured import Store
+    from orchestrator.control.trials import Trials
+    from orchestrator.control.tune_display import TuneDisplay
+
+    job = compose.compose(options.job, options.overrides)
+    tuning = tune.Tuning(job, Store(options.run_root, job))
+    need.engines()
+    address = os.environ.get("RAY_ADDRESS")
+    session.with_weights(job, here=not address)
+    if address:
+        client = cluster.check_cluster(address, job.cluster)
+    else:
+        client = None
+        _check_here(job)
+    limits = tune.Limits(options.trials, options.steps, options.budget)
+    display = TuneDisplay(limits, sys.stderr if options.json else sys.stdout)
+    reason = tune.tune(tuning, limits, Trials(options.run_root, display.of_trials, client), display)
+    best = tuning.best
+    verb = "submit" if address else "run"
+    chosen = tune.command(verb, options.job, options.overrides, best.plan) if best else None
+    display.summary(tuning, reason, chosen)
+    return tune.document(tuning, reason, chosen), DONE if best else FAILED
+
+
 def _exact(options: argparse.Namespace) -> Answer:
     from jobs import compose
     from orchestrator.control import exact, need
@@ -353,6 +380,12 @@ def _parser() -> tuple[_Parser, list[str]]:
     ):
         plan.add_argument(name, metavar=metavar, help=text, action="append", default=[])
     plan.add_argument("--explain", action="store_true", help="where the time goes, and what each change would do")
+    tuned = verb(
+        "tune", _tune, "run layouts for a few steps, learn, and choose; here or at RAY_ADDRESS", "job", "overrides"
+    )
+    tuned.add_argument("--trials", type=_count, default=6, metavar="N", help="layouts run at most (default: 6)")
+    tuned.add_argument("--steps", type=_count, default=6, metavar="N", help="of each (default: 6)")
+    tuned.add_argument("--budget", type=_count, default=1800, metavar="SECONDS", help="for all (default: 1800)")
     verb("exact", _exact, "hold the job's layout, on a small model here, against one device", "job", "overrides")
     verb("run", _run, "train here, in the foreground", "job", "overrides")
     verb("submit", _submit, "train on the Ray cluster at RAY_ADDRESS; prints the run id", "job", "overrides")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
-from math import erf, exp, log, pi, sqrt
+from math import erfc, exp, log, pi, sqrt
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,11 @@ _STEP, _STILL, _ROUNDS = 1e-3, 1e-4, 20
 _SHARED = _OWN = memory.FITTED["spread"] ** 2 / 2
 """Variances of the logarithm of bytes over their estimate: what all steps share, and each one's own. That they are
 halves of the whole is an assumption: one published source of split `calibrate` alone tells of more than one."""
+
+UNSEEN = 0.02
+"""Of steps, those that run out of memory for a reason that no estimate sees, as memory_fitting.py has it."""
+
+_TINY = 1e-300
 
 _FIXED = RESIDUALS.index("step_seconds")
 
@@ -193,7 +198,7 @@ class MemoryCalibration:
         estimate = memory.estimate_memory(workload, self.device)
         mean, variance = self._belief(workload)
         likely = estimate.allocated * exp(mean) + estimate.overhead
-        return likely, 1 - _normal((log(self._room(estimate) / estimate.allocated) - mean) / sqrt(variance))
+        return likely, _normal((mean - log(self._room(estimate) / estimate.allocated)) / sqrt(variance))
 
     def _room(self, estimate: memory.MemoryEstimate) -> float:
         """Bytes that a device has for tensors."""
@@ -218,12 +223,19 @@ class MemoryCalibration:
         self._covariance = self._covariance - np.outer(gain, gain) * (was - max(variance, REPEAT**2))
 
     def _exceed(self, workload: Workload, least: float) -> None:
-        """It was more: moments of a normal distribution cut off below (assumed-density filtering, Minka 2001)."""
+        """It was more, or memory ran out for a reason of its own: the moments of the two together.
+
+        The first is a normal distribution cut off below (assumed-density filtering, Minka 2001).
+        """
         mean, variance = self._belief(workload)
         deviation = sqrt(variance)
         cut = (least - mean) / deviation
-        hazard = _density(cut) / max(1 - _normal(cut), 1e-12)
-        self._observe(workload, mean + deviation * hazard, variance * (1 - hazard * (hazard - cut)))
+        beyond = _normal(-cut)
+        hazard = _density(cut) / max(beyond, _TINY)
+        true = beyond / (beyond + UNSEEN)
+        moved = deviation * hazard
+        left = true * variance * (1 - hazard * (hazard - cut)) + (1 - true) * variance + true * (1 - true) * moved**2
+        self._observe(workload, mean + true * moved, left)
 
 
 def next_run(belief: Belief, p_out: Sequence[float], open_: Sequence[int]) -> int:
@@ -325,7 +337,7 @@ def _kinds(workload: Workload) -> tuple[object, ...]:
 
 def _normal(value: float) -> float:
     """Cumulative distribution of the standard normal."""
-    return 0.5 * (1 + erf(value / sqrt(2)))
+    return 0.5 * erfc(-value / sqrt(2))
 
 
 def _density(value: float) -> float:
