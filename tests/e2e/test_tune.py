@@ -23,7 +23,7 @@ def test_layouts_are_run_and_what_they_came_to_is_kept(fivefold: Fivefold) -> No
         low, high = each["step_seconds_interval"]
         assert low <= each["step_seconds"] <= high
     assert answer.document["command"].startswith(f"fivefold run {JOB} train.seed=7 layout.tp=2 ")
-    again = fivefold(*asked)
+    again = fivefold.ask(*asked)
     assert again.code == 0
     assert len(runs(fivefold.root)) == len(folders)
     assert again.document["command"] == answer.document["command"]
