@@ -263,6 +263,13 @@ def _doctor(options: argparse.Namespace) -> Answer:
     return {"findings": [finding.as_dict() for finding in findings]}, DONE if doctor.healthy(findings) else FAILED
 
 
+def _profile(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import need, profile
+
+    need.modules("measuring", "torch")
+    return profile.measure(options.out, options.seconds, quiet=options.json), DONE
+
+
 def _checkpoint_ls(options: argparse.Namespace) -> Answer:
     from orchestrator import manifests
     from orchestrator.control import tables
@@ -398,6 +405,9 @@ def _parser() -> tuple[_Parser, list[str]]:
     verb("events", _events, "what happened to a run", "run")
     verb("cancel", _cancel, "checkpoint a run and end it", "run")
     verb("schema", _schema, "JSON schema of a job spec")
+    profile = verb("profile", _profile, "measure this machine, and write the profile that plans are made with")
+    profile.add_argument("--out", default="profile.json", metavar="FILE.json", help="(default: ./profile.json)")
+    profile.add_argument("--seconds", type=_count, default=60, metavar="N", help="to measure for (default: 60)")
     verb("doctor", _doctor, "whether this environment can train, and what it lacks")
     checkpoint = verbs.add_parser("checkpoint", help="a run's checkpoints").add_subparsers(
         metavar="VERB", required=True
