@@ -56,17 +56,19 @@ def _plan(options: argparse.Namespace) -> Answer:
     from orchestrator.control import planning
 
     asked = {field.name: getattr(options, field.name) for field in fields(planning.Questions) if field.name != "quiet"}
-    return planning.answer(options.job, options.overrides, planning.Questions(**asked, quiet=options.json)), DONE
+    questions = planning.Questions(**asked, quiet=options.json)
+    return planning.answer(options.job, options.overrides, questions, options.run_root), DONE
 
 
 def _resolved(options: argparse.Namespace, *, here: bool) -> tuple[Any, Any]:
     """The job as it is to be run, on this machine if `here`, and its planning."""
     from jobs import compose
-    from orchestrator.control import need, session
+    from orchestrator.control import calibrated, need, session
+    from orchestrator.control.measured import Store
     from parallel.planning import planner
 
     job = compose.compose(options.job, options.overrides)
-    planning = planner.plan_job(job)
+    planning = calibrated.plan(job, Store(options.run_root, job))
     job = planner.resolve(job, planning.plans[0])
     session.check_fault(job)
     need.engines()

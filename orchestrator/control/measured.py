@@ -7,16 +7,20 @@ those of one device and one software version belong together, whatever job they 
 from __future__ import annotations
 
 import time
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs.errors import InputError
 from jobs.spec import JobSpec
-from orchestrator.run_folder import RunFolder
+from orchestrator.run_folder import RunFolder, is_url, readable
 from parallel.estimates.software import OURS
 from parallel.estimates.workload import Workload
-from parallel.evidence.calibration import Observation
+from parallel.planning.planner import device_of
+
+if TYPE_CHECKING:
+    from parallel.evidence.calibration import Observation
 
 FILE = "measured.jsonl"
 VERSIONS = {"megatron": OURS, "deepspeed": "Fivefold on DeepSpeed 0.19.8"}
@@ -46,6 +50,8 @@ class Measured(BaseModel):
 
     @property
     def observation(self) -> Observation:
+        from parallel.evidence.calibration import Observation
+
         return Observation(
             workload=self.workload,
             seconds=self.seconds,
@@ -59,7 +65,8 @@ class Store:
     """The lines of one run root that tell of a job's devices and of what it is run by."""
 
     def __init__(self, root: str, job: JobSpec) -> None:
-        self._folder, self._cluster = RunFolder(root), job.cluster
+        self._root, self._cluster = root, job.cluster
+        self.device = device_of(job).name
         self.version = VERSIONS[job.engine]
         self.rows = [row for row in self._read() if self._is_like(row)]
         """Oldest first."""
@@ -70,24 +77,30 @@ class Store:
 
     def add(self, row: Measured) -> None:
         """Keep it, at once."""
-        self._folder.append(FILE, [row.model_dump(mode="json")])
-        self._folder.flush()
+        folder = RunFolder(self._root)
+        folder.append(FILE, [row.model_dump(mode="json")])
+        folder.flush()
         self.rows.append(row)
 
     def _is_like(self, row: Measured) -> bool:
         """Ranks share a machine's cores and memory where it has no GPUs: only as many ranks are alike."""
-        same = (row.device, row.version) == (self._cluster.hardware, self.version)
+        same = (row.device, row.version) == (self.device, self.version)
         shared = self._cluster.device == "cpu"
         return same and not (shared and row.workload.devices_per_node != self._cluster.devices_per_node)
 
     def _read(self) -> list[Measured]:
-        found = []
-        for number, line in enumerate(self._folder.read_lines(FILE), 1):
+        # Where nothing was measured, planning needs no filesystems.
+        if not is_url(self._root) and not Path(self._root, FILE).expanduser().is_file():
+            return []
+        found, folder = [], RunFolder(self._root)
+        with readable(folder.place):
+            lines = list(folder.read_lines(FILE))
+        for number, line in enumerate(lines, 1):
             try:
                 found.append(Measured.model_validate(line))
             except (ValidationError, InputError) as error:
                 rule = f"line {number} is no measured layout: {_first(error)}"
-                raise InputError(self._folder.path(FILE), None, rule, "a file without that line") from None
+                raise InputError(folder.path(FILE), None, rule, "a file without that line") from None
         return found
 
 

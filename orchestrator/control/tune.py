@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jobs.spec import DEGREES, FaultSpec, JobSpec
+from orchestrator.control import calibrated
 from orchestrator.control.measured import Measured, Outcome, Store
 from parallel.estimates.costs import estimate_time
 from parallel.estimates.memory import LIKELY_OUT
@@ -92,7 +93,7 @@ class Tuning:
     def __init__(self, job: JobSpec, store: Store) -> None:
         self.job, self.store = job, store
         self.device = planner.device_of(job)
-        planned = planner.plan_job(job).plans
+        planned = calibrated.plan(job, store).plans
         self.fitting = len(planned)
         measured = {row.workload for row in store.rows}
         steps = [Workload.of(job, plan.layout, plan.micro_batch) for plan in planned]
@@ -167,7 +168,7 @@ class Tuning:
         row = Measured(
             run_id=trial.run_id,
             job=self.job.name,
-            device=self.job.cluster.hardware,
+            device=self.store.device,
             version=self.store.version,
             workload=candidate.workload,
             outcome=trial.outcome,
