@@ -15,13 +15,15 @@ from runs import event_line, job, make_run, metrics_line
 from jobs.compose import compose
 from jobs.errors import InputError
 from jobs.spec import JobSpec
-from orchestrator.control import trials
+from orchestrator.control import calibrated, trials
 from orchestrator.control.controller import CANCEL_REQUEST
 from orchestrator.control.measured import FILE, Store
 from orchestrator.control.tune import Candidate, Limits, Run, Trial, Tuning, command, trial_job, tune
 from parallel.estimates.costs import estimate_time
 from parallel.estimates.software import Software
 from parallel.estimates.workload import Workload
+from parallel.planning import planner
+from parallel.planning.explanation import explain
 from parallel.planning.planner import Plan, device_of
 
 TRUTH = Software(compute=1.6, memory=2.0, launch=6.0, network=1.5)
@@ -222,3 +224,22 @@ def test_the_store_is_read_as_it_was_written(tuned: Any, tmp_path: Path) -> None
     file.write_text(json.dumps(line | {"workload": line["workload"] | {"micro_batch": "two"}}) + "\n")
     with pytest.raises(InputError, match=r"measured.jsonl: line 1 is no measured layout: workload.micro_batch: "):
         Store(root, spec)
+
+
+def test_later_plans_are_made_with_what_is_kept(tuned: Any, tmp_path: Path) -> None:
+    tuning, _, _ = tuned(ran)
+    spec = tuning.job
+    plans = calibrated.plan(spec, tuning.store).plans
+    best = plans[0]
+    assert (best.layout, best.micro_batch) == (tuning.best.plan.layout, tuning.best.plan.micro_batch)
+    low, high = best.interval
+    assert low < seconds_of(spec, best) < high < 1.1 * low
+    assert best.time.total == pytest.approx(tuning.best.seconds)
+    assert best.tokens_per_second == pytest.approx(16 * 128 / best.time.total)
+    shipped = calibrated.plan(spec, Store(str(tmp_path / "nothing"), spec)).plans
+    assert {plan.layout for plan in shipped} == {plan.layout for plan in plans}
+    assert shipped == planner.plan_job(spec).plans
+    # A neighbour's gain is told by the same residuals.
+    found = explain(spec, best, tuning.device, calibrated.residuals(spec, tuning.store))
+    there = next(each.plan for each in found.neighbours if each.plan is not None)
+    assert there.time.fixed == best.time.fixed
