@@ -46,6 +46,8 @@ class TimeEstimate:
     """Gradients to the host and weights back."""
     fixed: float
     """Of a step, whatever its size."""
+    unexplained: float = 0.0
+    """What measured steps say beyond these parts (evidence/calibration.py); below 0 where they were shorter."""
 
     @property
     def total(self) -> float:
