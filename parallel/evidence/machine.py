@@ -143,29 +143,32 @@ def _attention(measured: Measured, device: Hardware) -> Found:
 
 
 def _links(measured: Measured, device: Hardware) -> Found:
-    """Fixed cost of a collective, latency and bandwidth, of every collective, group and size at once.
+    """Fixed cost of a collective, latency of a hop and bandwidth, of every collective, group and size at once.
 
-    network.py gives a send and an all-to-all no fixed cost. Theirs would be taken for a hop's latency, and be paid at
-    every hop of larger groups than were measured: so of these two only the largest count, which tell the bandwidth.
+    A hop's latency shows where groups differ in size; with one size it stays the nearest profile's. network.py gives a
+    send and an all-to-all no fixed cost, which would be taken for hops here: of these the largest count, for bandwidth.
     """
     samples = measured.of("all_reduce", "all_gather", "reduce_scatter")
+    several = len({each.sizes["size"] for each in samples}) > 1
+    known = 0.0 if several else device.fast_link.latency_seconds
     for direct in (measured.of("all_to_all"), measured.of("send")):
         most = max((each.sizes["bytes"] for each in direct), default=0)
         samples += [each for each in direct if each.sizes["bytes"] >= most / 4]
     if len({each.sizes["bytes"] for each in samples}) < 2:
         return {}
-    units = ((1.0, Link(0.0, np.inf)), (0.0, Link(1.0, np.inf)), (0.0, Link(0.0, 1.0)))
+    hop = Link(1.0 if several else 0.0, np.inf)
+    units = ((1.0, Link(0.0, np.inf)), (0.0, hop), (0.0, Link(0.0, 1.0)), (0.0, Link(known, np.inf)))
     alone = [replace(device, collective_seconds=fixed, fast_link=link) for fixed, link in units]
-    rows = [[_collective_seconds(unit, each) for unit in alone] for each in samples]
-    fixed, latency, per_byte = _relative_least_squares(rows, [each.seconds for each in samples])
-    return {"collective_seconds": fixed, "fast_link": Link(latency, 1 / per_byte)}
+    rows = np.array([[_collective_seconds(unit, each) for unit in alone] for each in samples])
+    fixed, latency, per_byte = _relative_least_squares(rows[:, :-1], [each.seconds for each in samples], rows[:, -1])
+    return {"collective_seconds": fixed, "fast_link": Link(known + latency, 1 / per_byte)}
 
 
 def _host(measured: Measured, device: Hardware) -> Found:
     found: Found = {}
     copies = measured.of("to_device", "to_host")
     if len({each.sizes["bytes"] for each in copies}) > 1:
-        rows = [[1.0, float(each.sizes["bytes"])] for each in copies]
+        rows = np.array([[1.0, float(each.sizes["bytes"])] for each in copies])
         latency, per_byte = _relative_least_squares(rows, [each.seconds for each in copies])
         found["host_link"] = Link(latency, 1 / per_byte)
     rates = [each.sizes["bytes"] / each.seconds for each in measured.of("host_adam")]
@@ -207,16 +210,16 @@ def _collective_seconds(device: Hardware, sample: Sample) -> float:
     return float(getattr(network, name)(total, size, 1))
 
 
-def _relative_least_squares(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Numbers of at least 0, the last above 0, that lessen the squares of relative errors of rows @ numbers."""
-    scaled = np.array(rows) / np.array(seconds)[:, None]
+def _relative_least_squares(rows: Vector, seconds: Sequence[float], known: Vector | float = 0.0) -> list[float]:
+    """Numbers of at least 0, the last above 0, that lessen the squares of relative errors of rows @ numbers + known."""
+    scaled, wanted = rows / np.array(seconds)[:, None], 1 - known / np.array(seconds)
     width = scaled.shape[1]
     best, least = np.zeros(width), np.inf
     # So few numbers that every choice of those that are 0 can be tried.
     for kept in itertools.product((False, True), repeat=width - 1):
         columns = [*np.flatnonzero(kept), width - 1]
-        found = np.linalg.lstsq(scaled[:, columns], np.ones(len(rows)), rcond=None)[0]
-        error = float(np.sum((scaled[:, columns] @ found - 1) ** 2))
+        found = np.linalg.lstsq(scaled[:, columns], wanted, rcond=None)[0]
+        error = float(np.sum((scaled[:, columns] @ found - wanted) ** 2))
         if np.all(found >= 0) and found[-1] > 0 and error < least:
             best, least = np.zeros(width), error
             best[columns] = found

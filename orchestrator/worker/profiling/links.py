@@ -15,7 +15,7 @@ from orchestrator.worker.profiling.timing import BATCHES, MOST_CALLS, Call, gpu_
 
 TOTAL_BYTES = {
     "cuda": (2**16, 2**20, 2**23, 2**26, 2**28, 2**30),
-    "cpu": (2**12, 2**16, 2**20, 2**23),
+    "cpu": (2**12, 2**18, 2**22),
 }
 """That each rank holds before an all-reduce or an all-to-all, or after an all-gather."""
 COPIED_BYTES = (2**16, 2**20, 2**24, 2**28)
