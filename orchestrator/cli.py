@@ -65,9 +65,11 @@ def _resolved(options: argparse.Namespace, *, here: bool) -> tuple[Any, Any]:
     from jobs import compose
     from orchestrator.control import calibrated, need, session
     from orchestrator.control.measured import Store
+    from orchestrator.control.planning import announce
     from parallel.planning import planner
 
     job = compose.compose(options.job, options.overrides)
+    announce(planner.device_of(job))
     planning = calibrated.plan(job, Store(options.run_root, job))
     job = planner.resolve(job, planning.plans[0])
     session.check_fault(job)
@@ -87,10 +89,13 @@ def _tune(options: argparse.Namespace) -> Answer:
     from jobs import compose
     from orchestrator.control import cluster, need, session, tune
     from orchestrator.control.measured import Store
+    from orchestrator.control.planning import announce
     from orchestrator.control.trials import Trials
     from orchestrator.control.tune_display import TuneDisplay
+    from parallel.planning import planner
 
     job = compose.compose(options.job, options.overrides)
+    announce(planner.device_of(job))
     tuning = tune.Tuning(job, Store(options.run_root, job))
     need.engines()
     address = os.environ.get("RAY_ADDRESS")

@@ -50,7 +50,8 @@ def answer(name: str, overrides: Sequence[str], asked: Questions, root: str) -> 
     _check(job, asked)
     own = planner.device_of(job)
     device = changed(own, asked.what_if)
-    document: dict[str, Any] = {"job": job.name, "cluster": job.cluster.model_dump()}
+    document: dict[str, Any] = {"job": job.name, "cluster": job.cluster.model_dump(), **own.told()}
+    announce(own)
     if asked.sweep:
         shapes = sweep(job, asked.sweep, device)
         if not asked.quiet:
@@ -79,6 +80,12 @@ def answer(name: str, overrides: Sequence[str], asked: Questions, root: str) -> 
         if not asked.quiet:
             print(f"\npicture  {asked.picture}")
     return document
+
+
+def announce(device: Hardware) -> None:
+    """Say loudly, where it is so, that the profile is another device's."""
+    if device.notice:
+        print(f"fivefold: {device.notice}", file=sys.stderr)
 
 
 def _check(job: JobSpec, asked: Questions) -> None:

@@ -114,13 +114,12 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
     dense_layers, moe_layers, heads = stage.dense_layers, stage.moe_layers, stage.is_last
     cost = Cost(*(dense_layers * dense + moe_layers * moe + heads * last for dense, moe, last in costs))
     layout = workload.layout
-    # Each micro-batch is received once forward and its gradient once backward; an interleaved schedule hides the sends.
     sends = 0.0
-    if layout.pp > 1 and layout.vpp == 1:
+    if layout.pp > 1:
         activation = workload.element * workload.tokens * workload.model.hidden / (layout.tp if layout.sp else 1)
         if not layout.sp and layout.tp > 1:
             activation /= layout.tp  # scattered over the group and gathered again behind the stage boundary
-        sends = 2 * network.send(activation, layout.tp * layout.cp * layout.dp) * (1 - ours.sends_hidden)
+        sends = 2 * network.send(activation, layout.tp * layout.cp * layout.dp) * _sends_waited_for(workload, ours)
     host = network.hardware.launch_seconds * ours.launch * cost.kernels
     forward, backward = cost.forward, cost.backward
     waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
@@ -134,6 +133,20 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
         forward=forward + cost.collectives_forward,
         backward=backward + cost.collectives_backward,
     )
+
+
+def _sends_waited_for(workload: Workload, ours: Software) -> float:
+    """Of a micro-batch, each way. It is received once forward, and its gradient once backward.
+
+    An interleaved schedule sends it once a virtual stage. It hides what is sent beside the other virtual stages' work,
+    but none while it fills and drains: 2 (p - 1) + (v - 1) p sends of the first stage's m v (Megatron-Core's
+    schedules.py; Narayanan et al. 2021, section 2.2).
+    """
+    pp, vpp, micro_batches = workload.layout.pp, workload.layout.vpp, workload.micro_batches
+    if vpp == 1:
+        return 1 - ours.sends_hidden
+    filling = 2 * (pp - 1) + (vpp - 1) * pp
+    return min(filling, micro_batches * vpp) / micro_batches
 
 
 def _waits(host: float, device: float) -> float:

@@ -14,6 +14,11 @@ LOADS = {"balanced": 1.0, "natural": 1.25, "p99": 1.6}
 """Tokens of the busiest expert-parallel rank over the mean: what a balancing loss leaves. Assumptions."""
 
 
+BATCH_KERNELS = 30
+"""Started for a micro-batch beside its layers: tokens, labels, masks and positions are copied and shared out,
+embeddings looked up, added and dropped, the loss masked and averaged (Megatron-LM's pretrain_gpt.py, counted)."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """Seconds of a micro-batch on one rank, and the kernels that its forward starts."""
@@ -75,7 +80,7 @@ def head(workload: Workload, hardware: Hardware, network: Network, ours: Softwar
     precision = "bf16" if workload.precision == "fp8" else workload.precision
     made = linear(hardware, precision, workload.tokens, share, model.hidden)
     loss = moved(hardware, workload.tokens * share, 8 * ours.memory, 5)
-    return _cost(made, loss, ours) + _block(workload, network, ours)
+    return _cost(made, loss, ours) + _block(workload, network, ours) + Cost(kernels=BATCH_KERNELS)
 
 
 def _with_recompute(workload: Workload, parts: dict[str, Cost]) -> Cost:

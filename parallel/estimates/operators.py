@@ -93,8 +93,11 @@ def attention(
     flash: the profile's rate on the causal half; backward makes 2.5 times the products. flash1: the first kernel
     reaches 58% of the second's rate forward and 48% backward (Dao 2023, figures 4 and 5, A100). The others write scores
     and probabilities, whole: fused_softmax scales, masks and normalises in one kernel and drops in another,
-    unfused does each alone.
+    unfused does each alone. The one kernel takes four rows of scores at once: where heads times sequences are no
+    multiple of four, Megatron-LM goes back to the others (its fused_softmax.py, is_kernel_available).
     """
+    if kernel == "fused_softmax" and sequences * heads % 4:
+        kernel = "unfused"
     flops = 4.0 * sequences * queries * keys * heads * head_dim
     few = sequences * heads * ceil(queries / 128) / hardware.processors
     filled = min(1.0, few / ceil(few)) if hardware.processors > 1 else 1.0

@@ -8,65 +8,58 @@ share. The likelihood is that of a Gaussian process (Rasmussen and Williams 2006
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from parallel.estimates.costs import estimate_time
-from parallel.estimates.hardware import Hardware
 from parallel.estimates.software import FACTS, Software, software
-from parallel.estimates.workload import Workload
 from parallel.evidence import fitting
-from parallel.evidence.calibration import LEAST, REPEAT, Array, apart
+from parallel.evidence.calibration import LEAST, REPEAT, apart
 from parallel.evidence.published import read
 
-BOUNDS = {"shared": (0.0, 0.4), "reach": (0.5, 20.0), "own": (0.0, 0.2)}
-"""Of what is left over."""
+FIELDS = (*fitting.RESIDUALS, "step_seconds")
 
-Step = tuple[Workload, Hardware, float]
+GRID = {
+    "shared": [share / 100 for share in range(2, 41, 2)],
+    "reach": [reach / 2 for reach in range(2, 41)],
+    "own": [share / 100 for share in range(11)],
+}
+"""Of what is left over."""
 
 
 def between(versions: Sequence[Software]) -> dict[str, float]:
-    """Standard deviations of residuals from one version to another, of logarithms but for step_seconds."""
-    spread = {name: float(np.std(_of(versions, name), ddof=1)) for name in fitting.RESIDUALS}
-    return {name: round(max(value, LEAST.get(name, 0.0)), 4) for name, value in spread.items()}
+    """Standard deviations of versions' residuals from what they share, of logarithms but for step_seconds."""
+    found = {}
+    for name in FIELDS:
+        center, values = getattr(software(""), name), np.array([getattr(version, name) for version in versions])
+        off = values - center if name == "step_seconds" else np.log(values / center)
+        found[name] = round(max(float(np.sqrt(np.mean(off**2))), LEAST.get(name, 0.0)), 4)
+    return found
 
 
-def from_none(versions: Sequence[Software]) -> dict[str, float]:
-    """The same about arithmetic without residuals, which is what a version that nobody measured is priced by."""
-    spread = {name: float(np.sqrt(np.mean(_of(versions, name) ** 2))) for name in fitting.RESIDUALS}
-    return {name: round(max(value, LEAST.get(name, 0.0)), 4) for name, value in spread.items()}
-
-
-def _of(versions: Sequence[Software], name: str) -> Array:
-    values = np.array([getattr(version, name) for version in versions])
-    return values if name == "step_seconds" else np.log(values)
-
-
-def left_over(steps: Mapping[str, Sequence[Step]]) -> dict[str, float]:
-    """The likeliest covariance of what fitted residuals leave.
+def left_over(steps: Mapping[str, Sequence[fitting.Step]]) -> dict[str, float]:
+    """The likeliest covariance, of a grid, of what fitted residuals leave.
 
     Its deviation is larger than that of the errors: what all layouts of a version share, the residuals have taken.
     """
     parts = []
-    for measured in steps.values():
-        errors = [np.log(seconds / estimate_time(step, device).total) for step, device, seconds in measured]
+    for name, measured in steps.items():
         workloads = [step for step, _, _ in measured]
-        parts.append((np.array(errors), apart(workloads, workloads)))
-    number = sum(len(errors) for errors, _ in parts)
+        parts.append((fitting.step_errors(measured, software(name)), apart(workloads, workloads)))
 
     def unlikelihood(point: fitting.Point) -> float:
-        """A row's, as the search wants it above 0."""
         total = 0.0
         for errors, distance in parts:
             near = point["shared"] ** 2 * np.exp(-distance / point["reach"]) + point["own"] ** 2 * (distance == 0)
             factor = np.linalg.cholesky(near + REPEAT**2 * np.eye(len(errors)))
             total += np.log(np.diag(factor)).sum() + (np.linalg.solve(factor, errors) ** 2).sum() / 2
-        return float(np.exp(total / number))
+        return float(total)
 
-    return fitting.descend(unlikelihood, {"shared": 0.1, "reach": 4.0, "own": 0.05}, BOUNDS)
+    points = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
+    return min(points, key=unlikelihood)
 
 
 def main() -> None:
@@ -77,7 +70,7 @@ def main() -> None:
     rows = list(read(given.layouts))
     steps = {name: measured for name in FACTS if (measured := fitting.calibration(rows, name))}
     versions = [software(name) for name in steps]
-    fitted = {"between": between(versions), "from_none": from_none(versions), "left_over": left_over(steps)}
+    fitted = {"between": between(versions), "left_over": left_over(steps)}
     given.out.write_text(json.dumps(fitted, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(fitted))
 

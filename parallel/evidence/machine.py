@@ -148,12 +148,19 @@ def _attention(measured: Measured, device: Hardware) -> Found:
 
 
 def _links(measured: Measured, device: Hardware) -> Found:
-    """Fixed cost of a collective, latency and bandwidth, of every collective, group and size at once."""
-    samples = measured.of(*COLLECTIVES)
+    """Fixed cost of a collective, latency and bandwidth, of every collective, group and size at once.
+
+    network.py gives a send and an all-to-all no fixed cost. Theirs would be taken for a hop's latency, and be paid at
+    every hop of larger groups than were measured: so of these two only the largest count, which tell the bandwidth.
+    """
+    samples = measured.of("all_reduce", "all_gather", "reduce_scatter")
+    for direct in (measured.of("all_to_all"), measured.of("send")):
+        most = max((each.sizes["bytes"] for each in direct), default=0)
+        samples += [each for each in direct if each.sizes["bytes"] >= most / 4]
     if len({each.sizes["bytes"] for each in samples}) < 2:
         return {}
     units = ((1.0, Link(0.0, np.inf)), (0.0, Link(1.0, np.inf)), (0.0, Link(0.0, 1.0)))
-    alone = [replace(device, collective_seconds=fixed, fast_link=link, fast_domain=8) for fixed, link in units]
+    alone = [replace(device, collective_seconds=fixed, fast_link=link) for fixed, link in units]
     rows = [[_collective_seconds(unit, each) for unit in alone] for each in samples]
     fixed, latency, per_byte = _relative_least_squares(rows, [each.seconds for each in samples])
     return {"collective_seconds": fixed, "fast_link": Link(latency, 1 / per_byte)}
@@ -198,7 +205,7 @@ def _attention_seconds(device: Hardware, sample: Sample) -> float:
 
 def _collective_seconds(device: Hardware, sample: Sample) -> float:
     total, size = sample.sizes["bytes"], sample.sizes["size"]
-    network = Network(device, devices_per_node=size)
+    network = Network(replace(device, fast_domain=size), devices_per_node=size)
     if sample.what == "send":
         return network.send(total, 1)
     name = "all_gather" if sample.what == "reduce_scatter" else sample.what

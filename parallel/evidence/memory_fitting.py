@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
+from parallel.estimates.hardware import Hardware
 from parallel.estimates.memory import FITTED, estimate_memory
-from parallel.evidence.memory_validation import Outcome, outcomes
-from parallel.evidence.published import read
+from parallel.estimates.workload import Workload
+from parallel.evidence.published import Row, UnpricedError, read
 
 GRID = {
     "whole_logit_bytes": [float(size) for size in range(8, 41, 2)],
@@ -24,7 +27,31 @@ GRID = {
 UNSEEN = 0.02
 
 
-def fit(found: list[Outcome]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Outcome:
+    """One row that says what became of its memory."""
+
+    source: str
+    workload: Workload
+    device: Hardware
+    ran_out: bool
+
+
+def outcomes(rows: Iterable[Row]) -> list[Outcome]:
+    """Of the rows that may be fitted on, say whether they ran, and leave nothing open; of sources that have both."""
+    found = []
+    for row in rows:
+        source, split = row.source
+        if split == "calibrate" and row.ran_out is not None and row.cells["mbs"]:
+            try:
+                found.append(Outcome(source, row.workload(), row.device, row.ran_out))
+            except UnpricedError:  # it is not priced in validation either
+                continue
+    both = {each.source for each in found if each.ran_out}
+    return [each for each in found if each.source in both]
+
+
+def fit(found: Sequence[Outcome]) -> dict[str, float]:
     """The most likely parameters of the grid; of equals the first."""
     best, given = float("-inf"), dict(FITTED)
     chosen = given
@@ -48,9 +75,7 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    found = [each for each in outcomes(list(read(given.table))) if each.row.cells["split"] == "calibrate"]
-    both = {each.row.cells["source_id"] for each in found if each.ran_out}
-    fitted = fit([each for each in found if each.row.cells["source_id"] in both])
+    fitted = fit(outcomes(read(given.table)))
     given.out.write_text(json.dumps(fitted, indent=2) + "\n", encoding="utf-8")
     print(fitted)
 

@@ -108,7 +108,7 @@ class Row:
             micro_batch=micro,
             precision=self._precision(),
             devices_per_node=self._count("gpus_per_node"),
-            recompute=self.recompute,
+            recompute=self.recompute or frozenset(),
             attention_kernel=self._attention_kernel(),
             fused_norm=not self.software.startswith("AA-Scaling") or "RMS" in self.cells["attn_kernel"],
             fused_activation=self.software != "AA-Scaling",
@@ -128,11 +128,12 @@ class Row:
 
     @property
     def device(self) -> Hardware:
-        """The profile of the row's device. UnpricedError where there is none."""
-        name = PROFILES.get(self.cells["gpu_type"])
-        if name is None:
-            raise UnpricedError(f"no profile of {self.cells['gpu_type'] or 'a device that is not said'}")
-        found = hardware(name, self._count("gpus_per_node"))
+        """The profile of the row's device, or the nearest one's. UnpricedError where nothing is known of it."""
+        name = self.cells["gpu_type"]
+        try:
+            found = hardware(PROFILES.get(name, name), self._count("gpus_per_node"))
+        except InputError:
+            raise UnpricedError(f"no profile of {name or 'a device that is not said'}") from None
         ports = re.search(r"inter-node (\d+) Gb/s", self.cells.get("inferred_fields", ""))
         if ports is None:
             return found
@@ -146,6 +147,12 @@ class Row:
         if seconds or not tokens or not self.cells["gbs"] or not self.cells["seq_len"]:
             return seconds
         return self._count("gbs") * self._count("seq_len") / (tokens * self._count("gpus"))
+
+    @property
+    def ran_out(self) -> bool | None:
+        """Of memory; None where the row does not say whether it ran."""
+        status = self.cells.get("status", "")
+        return True if status.startswith("oom") else False if status.startswith("ok") else None
 
     @property
     def tflops(self) -> float | None:
@@ -172,12 +179,14 @@ class Row:
         return self.cells["framework"].partition(" (")[0]
 
     @property
-    def recompute(self) -> frozenset[str]:
-        """By modules; `{"layer"}` is whole layers. What is not said is taken for none."""
+    def recompute(self) -> frozenset[str] | None:
+        """By modules; `{"layer"}` is whole layers. None where it is not said."""
         text = self.cells["recompute"].removeprefix("selective").lstrip(": ")
         if text.startswith("full"):
             return frozenset({"layer"})
-        if text in ("", "none") or text.startswith("unknown"):
+        if text == "" or text.startswith("unknown"):
+            return None
+        if text == "none":
             return frozenset()
         if text in ("layer", "op"):
             raise UnpricedError(

@@ -68,11 +68,11 @@ class Kernels:
         return found
 
     def memory(self, seconds: float) -> None:
-        """A copy, which reads and writes."""
-        size = min(self.limit // 2, 2**31 if self.device.type == "cuda" else 2**27)
-        source = torch.ones(size, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        sample("copy", timed(self.device, [lambda: target.copy_(source)], seconds), bytes=2 * size)
+        """A kernel that reads and writes."""
+        elements = min(self.limit // 2, 2**31 if self.device.type == "cuda" else 2**27) // self.main.itemsize
+        source = torch.ones(elements, dtype=self.main, device=self.device)
+        call = partial(torch.add, source, 1, out=torch.empty_like(source))
+        sample("copy", timed(self.device, [call], seconds), bytes=2 * elements * self.main.itemsize)
 
     def kernels(self, seconds: float) -> None:
         """A chain of the smallest kernels in a CUDA graph, so that the host takes no part."""

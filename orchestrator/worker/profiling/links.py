@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.worker.profiling.timing import Call, gpu_batch, sample, tell
+from orchestrator.worker.profiling.timing import BATCHES, MOST_CALLS, Call, gpu_batch, sample, tell
 
 TOTAL_BYTES = {
     "cuda": (2**16, 2**20, 2**23, 2**26, 2**28, 2**30),
@@ -21,8 +21,6 @@ TOTAL_BYTES = {
 _AXES = ("tp", "cp", "dp", "pp", "ep")
 COPIED_BYTES = (2**16, 2**20, 2**24, 2**28)
 _ADAM_PARAMETERS = {"cuda": 2**25, "cpu": 2**23}
-_MOST_CALLS = 100
-_BATCHES = 5
 
 
 def group_sizes(world: int) -> tuple[int, ...]:
@@ -120,8 +118,8 @@ def _together(call: Call | None, device: torch.device, seconds: float) -> float:
         return _agreed(_batch(call, device, number)) / number
 
     slowest(1)
-    number = max(1, min(_MOST_CALLS, int(seconds / _BATCHES / max(slowest(2), 1e-7))))
-    return statistics.median(slowest(number) for _ in range(_BATCHES))
+    number = max(1, min(MOST_CALLS, int(seconds / BATCHES / max(slowest(2), 1e-7))))
+    return statistics.median(slowest(number) for _ in range(BATCHES))
 
 
 def _batch(call: Call | None, device: torch.device, number: int) -> float:

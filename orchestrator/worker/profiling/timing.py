@@ -12,12 +12,12 @@ import torch
 
 Call = Callable[[], Any]
 
-_BATCHES = 5
+BATCHES = 5
 """Of calls on a GPU that are timed as one; their median counts."""
-_MOST_CALLS = 50
+MOST_CALLS = 50
 """Of a batch: fewer than a device queues before the host has to wait."""
-_HEAD_START = 3_000_000
-"""Cycles of a device, 1.5 ms or so, that it is kept busy while the host starts a batch."""
+_HEAD_START = 200_000
+"""Cycles of a device, 0.1 ms or so, that it is kept busy for each call that the host is to start meanwhile."""
 _LEAST = 3
 
 
@@ -54,15 +54,15 @@ def _on_host(calls: Sequence[Call], seconds: float) -> float:
 
 def _on_gpu(calls: Sequence[Call], seconds: float) -> float:
     estimate = gpu_batch(calls, len(calls)) / len(calls)
-    number = max(1, min(_MOST_CALLS, int(seconds / _BATCHES / max(estimate, 1e-7))))
-    return statistics.median(gpu_batch(calls, number) / number for _ in range(_BATCHES))
+    number = max(1, min(MOST_CALLS, int(seconds / BATCHES / max(estimate, 1e-7))))
+    return statistics.median(gpu_batch(calls, number) / number for _ in range(BATCHES))
 
 
 def gpu_batch(calls: Sequence[Call], number: int) -> float:
     """Seconds between the first call's start and the last one's end, all queued behind a busy device."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    torch.cuda._sleep(_HEAD_START)
+    torch.cuda._sleep(_HEAD_START * number)
     begin.record()
     for index in range(number):
         calls[index % len(calls)]()

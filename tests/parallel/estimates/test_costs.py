@@ -39,7 +39,7 @@ def test_two_mixtral_layers_on_an_h200(make_job: Any) -> None:
     """
     job = make_job("mixtral_8x7b", "h200_x8", model_changes={"layers": 2}, global_batch=2)
     time = estimate_time(Workload.of(job, Layout(), 2), hardware("h200", 8))
-    mfu = job.model.flops_per_token(4096) * 2 * 4096 / (time.total - time.optimizer) / 989.5e12
+    mfu = job.model.flops_per_token(4096) * 2 * 4096 / (time.total - time.optimizer - time.fixed) / 989.5e12
     assert 0.504 < mfu < 1.35 * 0.504
 
 
@@ -79,6 +79,7 @@ def test_each_axis_pays_for_itself_alone(make_job: Any, layout: dict[str, int], 
         "compute",
         "launch",
         "optimizer",
+        "fixed",
     }
     assert sum(getattr(time, part.name) for part in fields(time)) == pytest.approx(time.total)
 
@@ -92,12 +93,13 @@ def test_work_shrinks_with_the_ranks_that_share_it(make_job: Any) -> None:
     assert compute(dp=2) == pytest.approx(compute() / 2)
 
 
-def test_virtual_stages_shorten_the_bubble_and_hide_what_they_send(make_job: Any) -> None:
+def test_virtual_stages_shorten_the_bubble_and_hide_what_they_send_but_while_they_fill(make_job: Any) -> None:
     plain, virtual = (
         estimate(make_job, {"pp": 4, "vpp": vpp}, model="llama3_8b", cluster="h100_x8", global_batch=16)
         for vpp in (1, 4)
     )
-    assert virtual.pipeline == 0 < plain.pipeline
+    # 2 (4 - 1) + (4 - 1) 4 = 18 of 16 x 4 sends are waited for; the plain schedule waits for its 16.
+    assert virtual.pipeline == pytest.approx(plain.pipeline * 18 / 16)
     assert virtual.compute == plain.compute
     assert virtual.bubble < 0.3 * plain.bubble
 
