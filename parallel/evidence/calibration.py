@@ -31,9 +31,9 @@ from parallel.estimates.workload import Workload
 Array = NDArray[np.float64]
 
 FITTED: dict[str, Any] = json.loads((files("parallel.evidence") / "calibration_fitted.json").read_text())
-"""between: standard deviations of a version's residuals from those that versions share, of logarithms but for
-step_seconds, which is in seconds. left_over: of delta, the standard deviations of the part that near steps share and of
-each one's own, and the distance at which the shared part has fallen to 1/e."""
+"""between: standard deviations of residuals from one version to another, of logarithms but for step_seconds, which is
+in seconds. left_over: of delta, the standard deviations of the part that near steps share and of each one's own, and
+the distance at which the shared part has fallen to 1/e."""
 
 RESIDUALS = tuple(FITTED["between"])
 """Fields of Software that are calibrated."""
@@ -122,7 +122,7 @@ class Calibration:
         self._seen = [each.workload for each in timed]
         self._measured = np.log([each.seconds or 1.0 for each in timed])
         self._noise = np.array([REPEAT**2 + each.deviation**2 for each in timed])
-        self._prior = np.array([FITTED["between"][name] for name in RESIDUALS]) ** 2
+        self._prior = np.array(list(FITTED["between"].values())) ** 2
         self._shift = np.zeros(len(RESIDUALS))
         self._settle()
 

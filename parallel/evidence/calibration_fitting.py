@@ -15,51 +15,58 @@ from pathlib import Path
 
 import numpy as np
 
+from parallel.estimates.costs import estimate_time
+from parallel.estimates.hardware import Hardware
 from parallel.estimates.software import FACTS, Software, software
+from parallel.estimates.workload import Workload
 from parallel.evidence import fitting
-from parallel.evidence.calibration import LEAST, REPEAT, apart
+from parallel.evidence.calibration import LEAST, REPEAT, Array, apart
 from parallel.evidence.published import read
 
-FIELDS = (*fitting.RESIDUALS, "step_seconds")
-
 GRID = {
-    "shared": [share / 100 for share in range(2, 41, 2)],
-    "reach": [reach / 2 for reach in range(2, 41)],
-    "own": [share / 100 for share in range(11)],
+    "shared": [step / 50 for step in range(1, 21)],
+    "reach": [0.5 * 1.5**power for power in range(10)],
+    "own": [step / 50 for step in range(11)],
 }
-"""Of what is left over."""
+"""Of what is left over: what is tried."""
+
+RESIDUALS = (*fitting.RESIDUALS, "step_seconds")
+
+Step = tuple[Workload, Hardware, float]
 
 
 def between(versions: Sequence[Software]) -> dict[str, float]:
-    """Standard deviations of versions' residuals from what they share, of logarithms but for step_seconds."""
-    found = {}
-    for name in FIELDS:
-        center, values = getattr(software(""), name), np.array([getattr(version, name) for version in versions])
-        off = values - center if name == "step_seconds" else np.log(values / center)
-        found[name] = round(max(float(np.sqrt(np.mean(off**2))), LEAST.get(name, 0.0)), 4)
-    return found
+    """Standard deviations of residuals from one version to another, of logarithms but for step_seconds."""
+    spread = {name: float(np.std(_of(versions, name), ddof=1)) for name in RESIDUALS}
+    return {name: round(max(value, LEAST.get(name, 0.0)), 4) for name, value in spread.items()}
 
 
-def left_over(steps: Mapping[str, Sequence[fitting.Step]]) -> dict[str, float]:
-    """The likeliest covariance, of a grid, of what fitted residuals leave.
+def _of(versions: Sequence[Software], name: str) -> Array:
+    values = np.array([getattr(version, name) for version in versions])
+    return values if name == "step_seconds" else np.log(values)
+
+
+def left_over(steps: Mapping[str, Sequence[Step]]) -> dict[str, float]:
+    """The likeliest covariance of what fitted residuals leave, of a grid.
 
     Its deviation is larger than that of the errors: what all layouts of a version share, the residuals have taken.
     """
     parts = []
-    for name, measured in steps.items():
+    for measured in steps.values():
+        errors = [np.log(seconds / estimate_time(step, device).total) for step, device, seconds in measured]
         workloads = [step for step, _, _ in measured]
-        parts.append((fitting.step_errors(measured, software(name)), apart(workloads, workloads)))
+        parts.append((np.array(errors), apart(workloads, workloads)))
 
-    def unlikelihood(point: fitting.Point) -> float:
+    def unlikelihood(shared: float, reach: float, own: float) -> float:
         total = 0.0
         for errors, distance in parts:
-            near = point["shared"] ** 2 * np.exp(-distance / point["reach"]) + point["own"] ** 2 * (distance == 0)
+            near = shared**2 * np.exp(-distance / reach) + own**2 * (distance == 0)
             factor = np.linalg.cholesky(near + REPEAT**2 * np.eye(len(errors)))
             total += np.log(np.diag(factor)).sum() + (np.linalg.solve(factor, errors) ** 2).sum() / 2
-        return float(total)
+        return total
 
-    points = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
-    return min(points, key=unlikelihood)
+    likeliest = min(itertools.product(*GRID.values()), key=lambda point: unlikelihood(*point))
+    return dict(zip(GRID, (round(value, 4) for value in likeliest), strict=True))
 
 
 def main() -> None:

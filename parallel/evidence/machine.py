@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parallel.estimates.hardware import Hardware, Link
 from parallel.estimates.network import Network
 from parallel.estimates.operators import attention, product
 from parallel.estimates.workload import Precision
-from parallel.evidence.fitting import PRODUCTS, descend
+from parallel.evidence.fitting import PRODUCTS, fit
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
@@ -60,8 +61,8 @@ def measured_fields(measured: Measured, nearest: Hardware) -> Found:
     """Every field of Hardware that the samples tell. `nearest` stands for the others."""
     found: Found = dict(measured.facts)
     # What moves memory bounds a product, so it is known before products are fitted.
-    for fit in (_memory, _shortest, _products, _sums, _attention, _links, _host):
-        found |= fit(measured, replace(nearest, **found))
+    for told in (_memory, _shortest, _products, _sums, _attention, _links, _host):
+        found |= told(measured, replace(nearest, **found))
     return found
 
 
@@ -107,10 +108,10 @@ def _shapes(samples: Sequence[Sample], device: Hardware) -> Found:
     rate, fastest = f"{samples[0].precision}_flops", _fastest(samples)
     # No shape reaches the rate that there is before shape costs anything; half of that is left for what it costs.
     bounds = {"rate": (0.95, 2.0), "half_depth": PRODUCTS["half_depth"]}
-    start = {"rate": 1.05, "half_depth": 50.0}
+    start = {"rate": 1.05, "half_depth": 100.0}
     if device.processors > 1:
         bounds |= {name: PRODUCTS[name] for name in ("tile_128", "tile_64")}
-        start |= {"tile_128": 0.95, "tile_64": 0.8}
+        start |= {"tile_128": 0.9, "tile_64": 0.7}
 
     def fields(point: Found) -> Found:
         return {rate if name == "rate" else name: value for name, value in point.items()}
@@ -118,11 +119,11 @@ def _shapes(samples: Sequence[Sample], device: Hardware) -> Found:
     def tried(point: Found) -> Hardware:
         return replace(device, **fields(point | {"rate": point["rate"] * fastest}))
 
-    def loss(point: dict[str, float]) -> float:
+    def errors(point: dict[str, float]) -> NDArray[np.float64]:
         there = tried(point)
-        return float(np.mean([abs(np.log(_product_seconds(there, each) / each.seconds)) for each in samples]))
+        return np.array([np.log(_product_seconds(there, each) / each.seconds) for each in samples])
 
-    found = descend(loss, start, bounds)
+    found = fit(errors, start, bounds)
     return fields(found | {"rate": found["rate"] * fastest})
 
 

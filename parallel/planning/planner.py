@@ -112,7 +112,8 @@ def price(
 ) -> Plan:
     """A layout and micro-batch, whose memory is known, with what they cost; `run_by` as for estimate_time."""
     workload = Workload.of(job, layout, micro_batch)
-    time, off = estimate_time(workload, device, run_by), spread(workload.software)
+    time = estimate_time(workload, device, run_by)
+    factor = spread(workload.software)
     tokens_per_second = job.train.global_batch * job.train.sequence_length / time.total
     peak = device.peak_flops(job.train.precision)
     flops = job.model.flops_per_token(job.train.sequence_length) * tokens_per_second / layout.world
@@ -123,7 +124,7 @@ def price(
         memory=memory,
         p_out_of_memory=memory.p_out_of_memory(device.memory_bytes),
         time=time,
-        interval=(time.total / off, time.total * off),
+        interval=(time.total / factor, time.total * factor),
         tokens_per_second=tokens_per_second,
         mfu=flops / peak if peak else None,
     )
