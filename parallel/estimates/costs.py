@@ -123,6 +123,9 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
     host = network.hardware.launch_seconds * ours.launch * cost.kernels
     forward, backward = cost.forward, cost.backward
     waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
+    if not ours.gradients_fused:  # read where the product wrote it, and added to the sum
+        accumulated = (stage.dense_parameters + stage.expert_parameters) * (workload.element + 8)
+        backward += accumulated / network.hardware.memory_bytes_per_second
     return _Pass(
         compute=forward + backward,
         launch=waits,

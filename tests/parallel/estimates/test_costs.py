@@ -12,6 +12,7 @@ from jobs.errors import InputError
 from parallel.estimates.costs import TimeEstimate, estimate_time
 from parallel.estimates.hardware import hardware
 from parallel.estimates.network import Network
+from parallel.estimates.software import Software
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 
@@ -126,3 +127,14 @@ def test_a_laptop_shares_its_memory_and_cores_among_its_ranks() -> None:
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(InputError, match=r"^cluster.hardware=h10: unknown hardware; known: .*; nearest valid: h100$"):
         hardware("h10", 8)
+
+
+def test_gradients_that_a_kernel_adds_to_their_sum(make_job: Any) -> None:
+    """Each micro-batch, 10 bytes of each parameter of a rank: the bf16 gradient read, the fp32 sum read and written."""
+    step = Workload.of(make_job("llama3_8b", "h200_x8"), Layout(tp=8), 1)
+    device = hardware("h200", 8)
+    fused, added = (estimate_time(step, device, Software(gradients_fused=each)) for each in (True, False))
+    parameters = step.model.parameters / 8
+    expected = step.micro_batches * 10 * parameters / device.memory_bytes_per_second
+    assert added.compute - fused.compute == pytest.approx(expected, rel=0.01)
+    assert added.total - fused.total == pytest.approx(expected, rel=0.01)
