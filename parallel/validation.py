@@ -1,8 +1,10 @@
 """`python -m parallel.validation TABLE.csv --out predictions.csv`: the planner's predictions beside measurements.
 
 Rows are priced by the same functions as plans. Printed by source and split: the mean and median error and the median
-bias of step times; and in groups of comparable rows the regret of the layout that is predicted to be fastest, how often
-the best is among the first three, and the rank correlation (Spearman's).
+bias of step times; in groups of comparable rows the regret of the layout that is predicted to be fastest, how often the
+best is among the first three, and the rank correlation (Spearman's); the same errors of allocated memory; and of rows
+that say whether they ran the share that is told right, of those that ran out of memory the share missed, and of those
+that ran the share refused.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import numpy as np
 
 from jobs.errors import InputError
 from parallel.estimates.costs import estimate_time
+from parallel.estimates.hardware import GIB
+from parallel.estimates.memory import LIKELY_OUT, MemoryEstimate, estimate_memory
 from parallel.estimates.software import spread
 from parallel.estimates.workload import Workload
 from parallel.evidence.published import Row, UnpricedError, read
@@ -34,8 +38,18 @@ FIELDS = (
     "step_seconds_high",
     "reason",
 )
+ERRORS = f"{'mean':>8}{'median':>8}{'bias':>8}{'worst':>8}"
 LEAST_GROUP = 10
 """Rows of a group that is ranked."""
+
+RECOMPUTED = (
+    frozenset[str](),
+    frozenset({"layernorm", "moe_act", "mla_up_proj"}),
+    frozenset({"layernorm", "moe_act", "mla_up_proj", "mlp"}),
+    frozenset({"layer"}),
+)
+"""What a row that does not say it may compute again: nothing, the cheaper or all of the modules that Megatron-Bridge's
+recipes name, or whole layers."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,8 @@ class Prediction:
     row: Row
     step_seconds: float | None = None
     tflops: float | None = None
+    memory: MemoryEstimate | None = None
+    p_out_of_memory: float | None = None
     reason: str = ""
 
     @property
@@ -57,21 +73,41 @@ class Prediction:
         measured = self.row.tflops
         return measured / self.tflops if measured and self.tflops else None
 
+    @property
+    def refused(self) -> bool:
+        """As a plan would be."""
+        return self.p_out_of_memory is not None and self.p_out_of_memory > LIKELY_OUT
+
+    @property
+    def memory_error(self) -> float | None:
+        """Of what is allocated, as a share; None where the row has no amount, or that of a step cut short."""
+        measured = self.row.number("mem_gb")
+        if not measured or self.memory is None or self.row.ran_out:
+            return None
+        return self.memory.allocated / (measured * GIB) - 1
+
 
 def predict(row: Row) -> Prediction:
-    """What the planner says of a row; where its micro-batch is not published, of the fastest."""
+    """What the planner says of a row; of what the row leaves open, the fastest that is likely to fit, as plans have it.
+
+    Where none is likely to fit, of the fastest.
+    """
     try:
         device = row.device
-        steps = [(estimate_time(step, device).total, step) for step in candidates(row)]
+        steps = [(step, estimate_memory(step, device)) for step in candidates(row)]
     except UnpricedError as error:
         return Prediction(row, reason=str(error))
-    seconds, step = min(steps, key=lambda pair: pair[0])
+    fitting = [pair for pair in steps if pair[1].p_out_of_memory(device.memory_bytes) <= LIKELY_OUT]
+    priced = [(estimate_time(step, device).total, step, memory) for step, memory in fitting or steps]
+    seconds, step, memory = min(priced, key=lambda each: each[0])
     flops = row.flops_per_token(step) * step.global_batch * step.sequence_length
-    return Prediction(row, seconds, flops / seconds / step.layout.world / 1e12)
+    tflops = flops / seconds / step.layout.world / 1e12
+    p_out = memory.p_out_of_memory(device.memory_bytes)
+    return Prediction(row, seconds, tflops, memory, p_out, device.notice)
 
 
 def candidates(row: Row) -> list[Workload]:
-    """The step that the row tells of; several where it leaves micro-batch or virtual stages open.
+    """The step that the row tells of; several where it leaves micro-batch, recomputation or virtual stages open.
 
     May raise UnpricedError.
     """
@@ -83,6 +119,8 @@ def candidates(row: Row) -> list[Workload]:
             refused = refused or error
     if not found and refused:
         raise refused
+    if row.recompute is None:
+        found = [replace(step, recompute=modules) for step in found for modules in RECOMPUTED]
     if row.cells["vpp"]:
         return found
     return [replace(step, layout=replace(step.layout, vpp=vpp)) for step in found for vpp in _virtual_stages(step)]
@@ -103,7 +141,9 @@ def write(predictions: Iterable[Prediction], path: Path) -> None:
         writer.writeheader()
         for each in predictions:
             line: dict[str, object] = {"row_id": each.row.row_id, "reason": each.reason}
-            if each.step_seconds is not None:
+            if each.step_seconds is not None and each.memory is not None:
+                line["predicted_memory_bytes"] = each.memory.total
+                line["p_out_of_memory"] = f"{each.p_out_of_memory:.4f}"
                 line["predicted_step_seconds"] = f"{each.step_seconds:.6g}"
                 line["predicted_tflops_per_gpu"] = f"{each.tflops:.5g}"
                 factor = spread(each.row.software)
@@ -133,9 +173,21 @@ def rank(predicted: Sequence[float], measured: Sequence[float]) -> Ranking:
     )
 
 
+def accuracy(found: Sequence[Prediction]) -> tuple[float, float, float]:
+    """Shares of rows that say whether they ran: right of all, missed of those out of memory, refused of those that ran.
+
+    0 of none.
+    """
+    right = [each.refused == each.row.ran_out for each in found]
+    missed = [not each.refused for each in found if each.row.ran_out]
+    refused = [each.refused for each in found if not each.row.ran_out]
+    shares = [float(np.mean(each)) if each else 0.0 for each in (right, missed, refused)]
+    return shares[0], shares[1], shares[2]
+
+
 def summary(predictions: Sequence[Prediction]) -> list[str]:
-    """Lines of text: each source and split, then each group."""
-    lines = [f"{'source':<24}{'split':<10}{'rows':>5}{'priced':>7}{'mean':>8}{'median':>8}{'bias':>8}{'worst':>8}"]
+    """Lines of text: steps by source and split, then groups, then memory."""
+    lines = [f"{'source':<24}{'split':<10}{'rows':>5}{'priced':>7}{ERRORS}"]
     by_source: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
     by_group: dict[str, list[Prediction]] = defaultdict(list)
     for each in predictions:
@@ -143,13 +195,8 @@ def summary(predictions: Sequence[Prediction]) -> list[str]:
         if (group := each.row.cells.get("sweep_group")) and each.ratio and each.row.step_seconds:
             by_group[group].append(each)
     for (source, split), found in sorted(by_source.items()):
-        errors = np.array([each.ratio - 1 for each in found if each.ratio])
         head = f"{source:<24}{split:<10}{len(found):>5}{sum(each.step_seconds is not None for each in found):>7}"
-        if len(errors):
-            absolute = np.abs(errors)
-            figures = (absolute.mean(), np.median(absolute), np.median(errors), absolute.max())
-            head += "".join(f"{value:>8.1%}" for value in figures)
-        lines.append(head)
+        lines.append(head + _figures([each.ratio - 1 for each in found if each.ratio]))
     rankings: dict[tuple[str, str], list[Ranking]] = defaultdict(list)
     for found in by_group.values():
         if len(found) >= LEAST_GROUP:
@@ -164,7 +211,24 @@ def summary(predictions: Sequence[Prediction]) -> list[str]:
             f"{source:<24}{split:<10}{len(each_group):>7}{np.mean(regrets):>8.1%}{max(regrets):>8.1%}"
             f"{within:>7.0%}{correlation:>7.2f}"
         )
+    lines.append(f"{'memory':<24}{'split':<10}{'rows':>12}{ERRORS}")
+    for (source, split), found in sorted(by_source.items()):
+        if errors := [error for each in found if (error := each.memory_error) is not None]:
+            lines.append(f"{source:<24}{split:<10}{len(errors):>12}{_figures(errors)}")
+    lines.append(f"{'out of memory':<24}{'split':<10}{'rows':>12}{'right':>8}{'missed':>8}{'refused':>8}")
+    for (source, split), found in sorted(by_source.items()):
+        if told := [each for each in found if each.memory and each.row.ran_out is not None]:
+            shares = "".join(f"{share:>8.1%}" for share in accuracy(told))
+            lines.append(f"{source:<24}{split:<10}{len(told):>12}{shares}")
     return lines
+
+
+def _figures(errors: Sequence[float]) -> str:
+    if not errors:
+        return ""
+    absolute = np.abs(errors)
+    figures = (absolute.mean(), np.median(absolute), np.median(errors), absolute.max())
+    return "".join(f"{value:>8.1%}" for value in figures)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

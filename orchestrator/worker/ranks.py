@@ -6,27 +6,28 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+ENGINES = ("pytest", "orchestrator.worker.engines.megatron", "orchestrator.worker.engines.deepspeed")
+
 
 class Ranks:
     """Forks ranks from one server, so that a run costs what it computes and not its imports."""
 
-    def __init__(self, device: Literal["cpu", "cuda"] = "cpu") -> None:
+    def __init__(self, device: Literal["cpu", "cuda"] = "cpu", preload: Sequence[str] = ENGINES) -> None:
+        """`preload`: modules that the server imports, once for all ranks."""
         self._device = device
         os.environ["DS_ACCELERATOR"] = device  # read when DeepSpeed is imported, by the server
         if device == "cuda":
             # Counting GPUs through CUDA would initialise it in the server, after which no fork of it can use one.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
-            ["pytest", "orchestrator.worker.engines.megatron", "orchestrator.worker.engines.deepspeed"]
-        )
+        self._context.set_forkserver_preload(list(preload))
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
         """What `function(rank, *args)` returned on each of `world` ranks, of gloo or, each with a GPU, of NCCL.

@@ -54,6 +54,8 @@ class TimeEstimate:
     """Gradients to the host and weights back."""
     fixed: float
     """Of a step, whatever its size."""
+    unexplained: float = 0.0
+    """What measured steps say beyond these parts (evidence/calibration.py); below 0 where they were shorter."""
 
     @property
     def total(self) -> float:
@@ -130,6 +132,9 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
     host = network.hardware.launch_seconds * ours.launch * cost.kernels
     forward, backward = slowest * cost.forward, slowest * cost.backward
     waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
+    if not ours.gradients_fused:  # read where the product wrote it, and added to the sum
+        accumulated = (stage.dense_parameters + stage.expert_parameters) * (workload.element + 8)
+        backward += accumulated / network.hardware.memory_bytes_per_second
     compute, expert = forward + backward, cost.expert_forward + cost.expert_backward
     if workload.experts_overlap:
         # While tokens travel, the kernels that send them keep their share of the processors from computation.
@@ -225,14 +230,11 @@ def _data(
 
 
 def _optimizer(workload: Workload, stage: Stage, hardware: Hardware) -> float:
-    """Adam, bound by memory: fp32 weight, moments and gradient read, the first three written; the model's weight made.
+    """Adam, bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written.
 
-    Before it, of fp32 gradients: made of 16 bits where they are kept so, unscaled with fp16, read for their norm,
-    scaled by it (Megatron-LM's and apex's optimizers, counted).
+    Before it gradients are read for their norm and scaled.
     """
     dense = stage.dense_parameters / (workload.shards if workload.zero_stage else 1)
     experts = stage.expert_parameters / (workload.expert_shards if workload.zero_stage else 1)
-    adam = 28 + 4 + workload.element
-    gradients = 4 + 8 + (6 if workload.gradient_bytes == 2 else 0) + (8 if workload.precision == "fp16" else 0)
-    bytes_each = adam * (1 - workload.optimizer_offloaded) + gradients
+    bytes_each = (28 + workload.element) * (1 - workload.optimizer_offloaded) + 3 * workload.gradient_bytes
     return (dense + experts) * bytes_each / hardware.memory_bytes_per_second

@@ -11,9 +11,12 @@ import os
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
+from math import isfinite, log2
+from pathlib import Path
 from typing import Any, Literal
 
 from jobs.errors import InputError, closest
+from parallel.estimates.devices import known
 
 GIB = 2**30
 
@@ -35,6 +38,7 @@ class Hardware:
 
     name: str
     memory_bytes: int
+    """0 of a CPU, whose profile has the rates of one core: the machine's memory and cores, divided by its ranks."""
     reserved_bytes: int
     """What a rank holds before its first tensor: context, communicators, kernels."""
     memory_bytes_per_second: float
@@ -72,6 +76,22 @@ class Hardware:
     host_link: Link
     host_adam_bytes_per_second: float
     """Memory traffic of Adam on the host, one device's share."""
+    stands_for: str = ""
+    """The device that was asked for, where it has no profile and this is the nearest one's."""
+
+    @property
+    def notice(self) -> str:
+        """What whoever plans with it must know; empty where it is the profile that was asked for."""
+        if not self.stands_for:
+            return ""
+        return (
+            f"{self.stands_for} HAS NO PROFILE: planned as if it were {self.name}, the nearest that has one; "
+            "`fivefold profile` on such a machine writes its own"
+        )
+
+    def told(self) -> dict[str, str]:
+        """For documents: whose numbers a plan is made with."""
+        return {"profile": self.name, "notice": self.notice}
 
     def peak_flops(self, precision: Literal["fp32", "fp16", "bf16", "fp8"]) -> float | None:
         """FLOP/s that MFU is measured against: of bf16 for fp8 too, as the tables have it."""
@@ -83,7 +103,12 @@ class Hardware:
 
 
 _LINKS = ("fast_link", "network_link", "host_link")
+_MAY_BE_ZERO = ("memory_bytes", "reserved_bytes", "half_depth", "kernel_seconds", "collective_seconds")
 _FOLDER = files("parallel.estimates") / "profiles"
+
+
+WANTED = tuple(field.name for field in fields(Hardware) if field.name not in ("name", "stands_for"))
+"""What a profile's file has beside its name, each with its value and source."""
 
 
 @cache
@@ -94,33 +119,88 @@ def profile_names() -> tuple[str, ...]:
     )
 
 
+def shipped_text(name: str) -> str:
+    """The file of a shipped profile."""
+    return (_FOLDER / f"{name}.json").read_text(encoding="utf-8")
+
+
 def read_profile(text: str, where: str) -> Hardware:
     """The profile of a file's text. InputError that names all that is missing: numbers, and numbers' sources."""
     try:
-        given: dict[str, Any] = json.loads(text)
+        given: Any = json.loads(text)
     except ValueError as error:
         raise InputError(where, None, f"is no JSON: {error}") from None
-    wanted = [field.name for field in fields(Hardware) if field.name != "name"]
-    missing = [name for name in wanted if name not in given]
-    missing += [f"{name}.source" for name in wanted if name in given and not given[name].get("source")]
-    missing += [f"{name}.value" for name in wanted if name in given and "value" not in given[name]]
+    if not isinstance(given, dict) or not all(isinstance(given.get(name, {}), dict) for name in WANTED):
+        raise InputError(
+            where, None, 'is no profile: {"name": "...", "memory_bytes": {"value": 1, "source": "..."}, ...}'
+        )
+    missing = [name for name in WANTED if name not in given]
+    missing += [f"{name}.source" for name in WANTED if name in given and not given[name].get("source")]
+    missing += [f"{name}.value" for name in WANTED if name in given and "value" not in given[name]]
     if "name" not in given:
         missing.insert(0, "name")
     if missing:
         raise InputError(where, None, f"lacks {', '.join(missing)}")
-    values = {name: given[name]["value"] for name in wanted}
+    values = {name: given[name]["value"] for name in WANTED}
+    wrong = [f"{name}.value={values[name]!r} {rule}" for name in WANTED if (rule := _broken(name, values[name]))]
+    if wrong:
+        raise InputError(where, None, "; ".join(wrong))
     values.update({name: Link(*values[name]) for name in _LINKS})
     return Hardware(name=given["name"], **values)
 
 
+def _broken(name: str, value: Any) -> str | None:
+    """The rule that a field's value breaks."""
+    if name in _LINKS:
+        pair = isinstance(value, list) and len(value) == 2 and _number(value[0]) and _number(value[1])
+        return None if pair and value[0] >= 0 and value[1] > 0 else "is not [seconds, bytes a second]"
+    if name.startswith("peak_") and value is None:
+        return None
+    if not _number(value):
+        return "is not a number"
+    return None if value > 0 or (value == 0 and name in _MAY_BE_ZERO) else "is not above 0"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
 @cache
 def hardware(name: str, devices_per_node: int) -> Hardware:
-    """The profile of one of `devices_per_node` devices of a machine. InputError for a name that is not known."""
-    if name not in profile_names():
-        rule = f"unknown hardware; known: {', '.join(profile_names())}"
-        raise InputError("cluster.hardware", name, rule, closest(name, profile_names()))
-    found = read_profile((_FOLDER / f"{name}.json").read_text(encoding="utf-8"), f"{name}.json")
-    return _share_of_this_machine(found, devices_per_node) if name == "laptop_cpu" else found
+    """The profile of one of `devices_per_node` devices of a machine: a shipped one's name, or a .json file's path.
+
+    Of a device that has none but of which something is known, the nearest one's, which says so in `stands_for`.
+    InputError for a name of which nothing is known, and for a file that is no profile.
+    """
+    if name.endswith(".json"):
+        found = read_profile(_text(Path(name).expanduser()), name)
+    elif name in profile_names():
+        found = read_profile(shipped_text(name), f"{name}.json")
+    else:
+        device = known(name)
+        if device is None:
+            rule = f"unknown hardware; known: {', '.join(profile_names())}, or the path of a .json file"
+            raise InputError("cluster.hardware", name, rule, closest(name, profile_names()))
+        found = replace(nearest(device.memory_bytes, device.bf16_flops), stands_for=name)
+    return found if found.memory_bytes else _share_of_this_machine(found, devices_per_node)
+
+
+def nearest(memory_bytes: float, bf16_flops: float | None) -> Hardware:
+    """The shipped accelerator whose memory and peak, where it is known, are off by the smallest factors."""
+    others = [read_profile(shipped_text(name), name) for name in profile_names()]
+
+    def distance(other: Hardware) -> float:
+        off = abs(log2(other.memory_bytes / memory_bytes))
+        return off + (abs(log2(other.peak_bf16_flops / bf16_flops)) if bf16_flops and other.peak_bf16_flops else 0.0)
+
+    return min((other for other in others if other.memory_bytes), key=distance)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("cluster.hardware", path, f"cannot be read: {error}") from None
 
 
 def _share_of_this_machine(core: Hardware, ranks: int) -> Hardware:

@@ -40,6 +40,9 @@ class Software:
     """Gathers and scatters of sequence parallelism go chunk by chunk beside the product that they feed or follow."""
     sends_hidden: float = 0.0
     """Of a plain schedule's sends; an interleaved one hides all."""
+    gradients_fused: bool = True
+    """The product that makes a weight's gradient adds it to the sum; False: a kernel of its own does, each
+    micro-batch."""
     step_seconds: float = 0.0
     """Of a step, whatever its size: logging, loss scale, the optimizer's small kernels."""
 
@@ -56,8 +59,9 @@ FACTS = {
     "Megatron-LM 0.14 + TE": Software(),
     # Megatron-LM's README of the H100 runs names its overlaps: gradients, weights, tensor-parallel blocks, sends.
     "Megatron-Core r0.8.0": Software(blocks_overlap=True),
-    # Reduces gradients when the last micro-batch is done, and gathers weights before the next step.
-    OURS: Software(gradients_hidden=0.0, weights_hidden=0.0),
+    # Reduces gradients when the last micro-batch is done, and gathers weights before the next step; runs without the
+    # extension of APEX that gradient_accumulation_fusion needs.
+    OURS: Software(gradients_hidden=0.0, weights_hidden=0.0, gradients_fused=False),
     # Its recipes of dense models set tp_comm_overlap.
     "Megatron-Core / Megatron-Bridge": Software(blocks_overlap=True),
     "Megatron-Bridge": Software(blocks_overlap=True),

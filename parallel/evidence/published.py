@@ -16,7 +16,8 @@ from typing import Any
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError
 from parallel.estimates.hardware import Hardware, Link, hardware
-from parallel.estimates.workload import AttentionKernel, Load, Precision, Workload
+from parallel.estimates.software import OURS
+from parallel.estimates.workload import AttentionKernel, Load, Loss, Precision, Workload
 from parallel.layout import Layout
 
 MODEL_COLUMNS = (
@@ -69,6 +70,17 @@ FLEXIBLE = {"deepseek-v3": "", "kimi-k2": "", "qwen3-235b": "GB"}
 """Models whose recipes in Megatron-Bridge dispatch by DeepEP or HybridEP (scripts/performance/configs at 0426418), by
 the beginning of their name, and of the devices that they do so on."""
 
+LOSSES: dict[str, Loss] = {
+    # Its head gathers logits over tensor-parallel ranks, and its loss casts them to fp32 for torch's cross_entropy
+    # (github.com/Aleph-Alpha/scaling, lm_head.py and cross_entropy.py).
+    "AA-Scaling": "whole",
+    # FlashAttention's cross entropy is the default of MPT's loss_fn (github.com/mosaicml/llm-foundry, modeling_mpt.py).
+    "Composer/FSDP": "fused",
+}
+
+COPIES = {"AA-Scaling": 1, OURS: 2}
+"""Workload.activation_copies: AA-Scaling's SwiGLU (its mlp.py) and this repository's engine fuse nothing."""
+
 
 class UnpricedError(Exception):
     """A row that says too little, or tells of something that the planner does not know; the message says what."""
@@ -100,7 +112,7 @@ class Row:
         batch, micro = self._count("gbs"), micro_batch or self._count("mbs")
         if batch % (layout.dp * micro):
             raise UnpricedError(f"dp*mbs={layout.dp}*{micro} does not divide gbs={batch}")
-        sharding, text = self.cells["zero_stage"], self.software
+        sharding = self.cells["zero_stage"]
         stage = re.match(r"(?:fsdp\()?([0-3])", sharding.lower())
         replicas = 1
         if found := re.search(r"sharded in (?:(\d+)-GPU node|(\d+) ranks)", sharding):
@@ -115,32 +127,37 @@ class Row:
             micro_batch=micro,
             precision=self._precision(),
             devices_per_node=self._count("gpus_per_node"),
-            recompute=self.recompute,
+            recompute=self.recompute or frozenset(),
             attention_kernel=self._attention_kernel(),
             fused_norm=not self.software.startswith("AA-Scaling") or "RMS" in self.cells["attn_kernel"],
-            fused_activation=self.software != "AA-Scaling",
-            # Of its rows with 32,768 tokens a micro-batch and 128,000 logits each all ran out of memory, at tp=4 too.
-            parallel_loss=self.software != "AA-Scaling",
+            activation_copies=COPIES.get(self.software, 0),
+            loss=LOSSES.get(self.software, "parallel"),
             software=self.software,
             dispatcher="flex" if self._flexible else "alltoall",
             experts_overlap=bool(re.search(r"overlap on|overlap_1f1b=True", self.cells.get("notes", ""))),
             load=self._load(),
-            # Megatron-DeepSpeed without ZeRO keeps the whole state on every rank; Megatron-Core's recipes shard it.
-            zero_stage=int(stage[1]) if stage else int("Megatron-Core" in text or "Bridge" in text),  # type: ignore[arg-type]
+            # Megatron-DeepSpeed without ZeRO keeps the whole state on every rank; NVIDIA's recipes shard it.
+            zero_stage=int(stage[1])
+            if stage
+            else int(self.software.startswith("Megatron-") and self.software != "Megatron-DeepSpeed"),  # type: ignore[arg-type]
             optimizer_replicas=replicas,
             # DeepSpeed's fp16 without ZeRO reduces gradients as they are. AA-Scaling does so too: with 13 billion
             # parameters whole on a rank, 4 bytes and the weights would be all of its 80 GB, and such steps ran.
-            gradient_bytes=2 if self.software in ("Megatron-DeepSpeed", "AA-Scaling") else 4,
+            # Megatron-Bridge's recipes set grad_reduce_in_fp32=False.
+            gradient_bytes=2 if self.software in ("Megatron-DeepSpeed", "AA-Scaling") or self._bridge else 4,
+            # And of models with latent attention keep Adam's moments in bf16 (its recipes' exp_avg_dtype).
+            moment_bytes=2 if self._bridge and model.is_multi_latent else 4,
             optimizer_offloaded=self._offloaded(),
         )
 
     @property
     def device(self) -> Hardware:
-        """The profile of the row's device. UnpricedError where there is none."""
-        name = PROFILES.get(self.cells["gpu_type"])
-        if name is None:
-            raise UnpricedError(f"no profile of {self.cells['gpu_type'] or 'a device that is not said'}")
-        found = hardware(name, self._count("gpus_per_node"))
+        """The profile of the row's device, or the nearest one's. UnpricedError where nothing is known of it."""
+        name = self.cells["gpu_type"]
+        try:
+            found = hardware(PROFILES.get(name, name), self._count("gpus_per_node"))
+        except InputError:
+            raise UnpricedError(f"no profile of {name or 'a device that is not said'}") from None
         ports = re.search(r"inter-node (\d+) Gb/s", self.cells.get("inferred_fields", ""))
         if ports is None:
             return found
@@ -154,6 +171,12 @@ class Row:
         if seconds or not tokens or not self.cells["gbs"] or not self.cells["seq_len"]:
             return seconds
         return self._count("gbs") * self._count("seq_len") / (tokens * self._count("gpus"))
+
+    @property
+    def ran_out(self) -> bool | None:
+        """Of memory; None where the row does not say whether it ran."""
+        status = self.cells.get("status", "")
+        return True if status.startswith("oom") else False if status.startswith("ok") else None
 
     @property
     def tflops(self) -> float | None:
@@ -175,17 +198,24 @@ class Row:
         return flops
 
     @property
+    def _bridge(self) -> bool:
+        """Run by a recipe of Megatron-Bridge."""
+        return self.software.endswith("Megatron-Bridge")
+
+    @property
     def software(self) -> str:
         """What ran it, by the name of its calibration."""
         return self.cells["framework"].partition(" (")[0]
 
     @property
-    def recompute(self) -> frozenset[str]:
-        """By modules; `{"layer"}` is whole layers. What is not said is taken for none."""
+    def recompute(self) -> frozenset[str] | None:
+        """By modules; `{"layer"}` is whole layers. None where it is not said."""
         text = self.cells["recompute"].removeprefix("selective").lstrip(": ")
         if text.startswith("full"):
             return frozenset({"layer"})
-        if text in ("", "none") or text.startswith("unknown"):
+        if text == "" or text.startswith("unknown"):
+            return None
+        if text == "none":
             return frozenset()
         if text in ("layer", "op"):
             raise UnpricedError(
@@ -242,7 +272,8 @@ class Row:
         if text == "torch":
             return "unfused"
         # Megatron's of 2022 writes scores and normalises them in one kernel.
-        return "fused_softmax" if text == "fused" or self.software == "Megatron-DeepSpeed" else "flash"
+        written = self.software == "Megatron-DeepSpeed" or (text == "fused" and self.software == "AA-Scaling")
+        return "fused_softmax" if written else "flash"
 
     def _precision(self) -> Precision:
         text = self.cells["precision"].lower()

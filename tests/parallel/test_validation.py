@@ -30,6 +30,17 @@ GPT = {
 }  # fmt: skip
 
 
+# SimuMax (github.com/MooreThreads/SimuMax): 4 layers of DeepSeek-V2 on 8 B200, largest allocated GiB.
+DEEPSEEK = GPT | {
+    "source_id": "simumax", "model": "deepseekv2-4layers", "arch": "moe-mla", "layers": "4", "hidden": "5120",
+    "ffn": "12288", "heads": "128", "kv_heads": "", "vocab": "102400", "experts": "160", "topk": "6",
+    "moe_ffn": "1536", "shared_experts": "2", "seq_len": "4096", "gbs": "32", "mbs": "1", "gpus": "8",
+    "gpu_type": "B200-180GB", "tp": "1", "pp": "1", "dp": "8", "ep": "8", "sp": "", "routing": "forced balance",
+    "framework": "Megatron-LM 0.14 + TE", "mem_gb": "45.63", "status": "ok", "attn_kernel": "",
+    "zero_stage": "1", "recompute": "none", "inferred_fields": "",
+}  # fmt: skip
+
+
 def row(**changes: str) -> Row:
     return Row(dict.fromkeys((*COLUMNS, "sweep_group", "tokens_s_gpu", "tflops_gpu", "mfu_pct"), "") | GPT | changes)
 
@@ -49,8 +60,17 @@ def test_what_cannot_be_priced_carries_its_reason(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert [line["reason"] for line in lines] == ["", "no profile of TPU", "layers is not published"]
     assert tuple(lines[0]) == validation.FIELDS
+    assert 0 <= float(lines[0]["p_out_of_memory"]) <= 1
+    assert float(lines[0]["predicted_memory_bytes"]) > 1e9
     assert float(lines[0]["step_seconds_low"]) < float(lines[0]["predicted_step_seconds"])
     assert lines[1]["predicted_step_seconds"] == ""
+
+
+def test_a_device_without_a_profile_is_priced_as_the_nearest_and_that_is_said() -> None:
+    near, own = (validation.predict(row(gpu_type=name)) for name in ("GB300 (NVL72)", "GB200 (NVL72)"))
+    assert near.step_seconds == own.step_seconds
+    assert near.reason.startswith("GB300 (NVL72) HAS NO PROFILE: planned as if it were gb200_nvl72")
+    assert own.reason == ""
 
 
 def test_what_a_row_leaves_open_is_chosen() -> None:
@@ -72,7 +92,39 @@ def test_the_figures_of_a_source() -> None:
     rows = [row(iter_time_s=str(10 + each), sweep_group="g") for each in range(10)]
     lines = validation.summary([validation.predict(each) for each in rows])
     assert lines[1].startswith("vtrain2024              validate     10     10")
-    assert lines[-1].split()[:3] == ["vtrain2024", "validate", "1"]
+    assert lines[3].split()[:3] == ["vtrain2024", "validate", "1"]
+
+
+def test_memory_beside_what_was_measured() -> None:
+    found = validation.predict(row(**DEEPSEEK))
+    assert found.memory_error == pytest.approx(0, abs=0.03)
+    assert (found.refused, found.row.ran_out) == (False, False)
+    lines = [line.split() for line in validation.summary([found])]
+    assert lines[-3][:3] == ["simumax", "validate", "1"]
+    assert lines[-1] == ["simumax", "validate", "1", "100.0%", "0.0%", "0.0%"]
+
+
+def test_outcomes_right_missed_and_refused() -> None:
+    fits, large = {"mbs": "1", "tp": "8"}, {"mbs": "8", "tp": "1", "pp": "8", "dp": "64", "recompute": "none"}
+    right, wrong = (
+        [validation.predict(row(status=status, **layout)) for layout, status in zip((fits, large), said, strict=True)]
+        for said in (("ok", "oom"), ("oom", "ok"))
+    )
+    assert validation.accuracy(right) == (1, 0, 0)
+    assert validation.accuracy(wrong) == (0, 1, 1)
+    assert validation.accuracy(right + wrong) == (0.5, 0.5, 0.5)
+    assert (right[1].p_out_of_memory or 0) > 0.99 > 0.01 > (right[0].p_out_of_memory or 0)
+
+
+def test_what_is_computed_again_is_left_open_only_where_it_is_not_said() -> None:
+    """And is then the quickest that fits: not what would run out of memory, and no more than is needed."""
+    large = {"mbs": "8", "tp": "4", "pp": "8", "dp": "16", "recompute": ""}
+    assert validation.predict(row(**large | {"recompute": "none"})).refused
+    assert len(validation.candidates(row(**large))) == len(validation.RECOMPUTED)
+    assert len(validation.candidates(row(recompute="none"))) == 1
+    assert not validation.predict(row(**large)).refused
+    small, none = (validation.predict(row(mbs="1", recompute=said)) for said in ("", "none"))
+    assert small.step_seconds == none.step_seconds
 
 
 def test_what_is_not_known_has_what_all_share() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_jobs import small_job, small_model
 
-from jobs.architecture import ModelArchitecture
-from jobs.spec import CheckpointSpec, ClusterSpec, DataSpec, JobSpec, LayoutSpec, PolicySpec, TrainSpec
+from jobs.spec import JobSpec, LayoutSpec
 from orchestrator.worker.engines.deepspeed import build
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
 from orchestrator.worker.exactness.oracle import Account, oracle
@@ -25,63 +25,19 @@ from parallel.layout import Layout
 
 STEPS = 10
 
-_SHAPE: dict[str, Any] = {"init_std": 0.1, "layers": 4, "hidden": 32, "heads": 8, "kv_heads": 4, "head_dim": 4}
-_SHAPE |= {"ffn": 48, "vocab": 64}
-_MOE: dict[str, Any] = {"experts": 4, "top_k": 2, "expert_ffn": 24, "aux_loss": 0.05, "z_loss": 0.01}
-MODELS = {
-    "dense": ModelArchitecture(name="dense", **_SHAPE),
-    # Of the two stages of pp2 one has a dense layer and the other a copy of the embedding.
-    "qwen": ModelArchitecture(
-        name="qwen",
-        **_SHAPE,
-        **_MOE,
-        tied_embeddings=True,
-        attention_bias=True,
-        qk_norm=True,
-        shared_expert_ffn=40,
-        shared_expert_gate=True,
-        first_dense_layers=1,
-        router_normalize_top_k=False,
-    ),
-    "deepseek": ModelArchitecture(name="deepseek", **_SHAPE, **_MOE, router_score="sigmoid", router_bias=True),
-    "dropping": ModelArchitecture(name="dropping", **_SHAPE, **_MOE, capacity_factor=1.0, drop_order="position"),
-}
+_SHAPE: dict[str, Any] = {"layers": 4, "heads": 8, "kv_heads": 4, "head_dim": 4}
+MODELS = {kind: small_model(kind, **_SHAPE) for kind in ("dense", "qwen", "deepseek")}
 
 
-def job(model: str, layout: dict[str, Any], *, precision: str = "fp32", packing: bool = False) -> JobSpec:
-    return JobSpec(
-        name=model,
-        engine="deepspeed",
-        model=MODELS[model],
-        data=DataSpec(files=("unused",), packing=packing),
-        cluster=ClusterSpec(name="test", device="cpu", hardware="laptop", devices_per_node=8),
-        layout=LayoutSpec(**{"micro_batch": 2} | layout),
-        train=TrainSpec(
-            steps=STEPS,
-            sequence_length=16,
-            global_batch=8,
-            precision=precision,
-            learning_rate=5e-3,
-            weight_decay=0.1,
-            adam_epsilon=1e-6,
-            clip_grad_norm=0.5,
-        ),
-        checkpoint=CheckpointSpec(interval=STEPS),
-        policy=PolicySpec(),
-    )
+def job(model: str, layout: dict[str, Any], *, precision: str = "fp32") -> JobSpec:
+    train: dict[str, Any] = {"steps": STEPS, "precision": precision, "learning_rate": 5e-3, "adam_epsilon": 1e-6}
+    return small_job(MODELS[model], layout, engine="deepspeed", checkpoint_interval=STEPS, **train)
 
 
+# Where a layer's place in the pipeline matters; tests/exactness has every kind of layout.
 EXACT = [
-    job("qwen", {"zero_stage": 0, "tp": 2, "etp": 2}),
-    job("dense", {"zero_stage": 1, "tp": 2, "dp": 2}),
-    job("qwen", {"zero_stage": 2, "tp": 2, "dp": 2, "etp": 2, "ep": 2}, packing=True),
-    job("deepseek", {"zero_stage": 0, "cp": 2}, packing=True),
-    job("dropping", {"zero_stage": 1, "cp": 2}),
-    job("qwen", {"zero_stage": 3, "cp": 2}),
-    job("qwen", {"zero_stage": 0, "pp": 2}, packing=True),
     job("dense", {"zero_stage": 1, "pp": 4}),
     job("deepseek", {"zero_stage": 1, "pp": 2, "recompute": "full"}),
-    job("qwen", {"zero_stage": 1, "pp": 2, "dp": 2, "ep": 2}),
     job("qwen", {"zero_stage": 1, "pp": 2, "tp": 2, "etp": 2}),
 ]
 
@@ -95,9 +51,8 @@ _account: Any = cache(lambda text: oracle(JobSpec.model_validate_json(text)))
 
 
 def account(case: JobSpec) -> Account:
-    """Of a case, once for all layouts of a model from which no token is dropped."""
-    if not case.model.capacity_factor:
-        case = case.model_copy(update={"layout": LayoutSpec()})
+    """Of a case, once for all layouts of its model."""
+    case = case.model_copy(update={"layout": LayoutSpec()})
     return _account(case.model_dump_json())  # type: ignore[no-any-return]
 
 
@@ -147,25 +102,14 @@ def _call(rank: int, run: Run) -> list[float]:
     return run(rank)
 
 
-SAVED = [
-    ({"zero_stage": 1, "pp": 2, "tp": 2, "etp": 2}, {"zero_stage": 3, "cp": 2}),
-    ({"zero_stage": 3, "cp": 2}, {"zero_stage": 1, "pp": 2, "dp": 2, "ep": 2}),
-]
-
-
-@pytest.mark.parametrize(("here", "there"), SAVED, ids=str)
-def test_a_checkpoint_resumes_bit_equal_and_elsewhere(
-    ranks: Ranks, tmp_path: Path, here: dict[str, Any], there: dict[str, Any]
-) -> None:
+def test_a_checkpoint_resumes_bit_equal_and_elsewhere(ranks: Ranks, tmp_path: Path) -> None:
+    here, there = {"zero_stage": 1, "pp": 2, "tp": 2, "etp": 2}, {"zero_stage": 3, "cp": 2}
     start(ranks, Run(job("qwen", here), range(1, 3), save=tmp_path))
     rest = range(3, 5)
     resumed = start(ranks, Run(job("qwen", here), rest, load=tmp_path))
     assert resumed == start(ranks, Run(job("qwen", here), range(1, 5)))[6:]
-    # As many rows in all for a validation, which takes one a dp rank.
     elsewhere = start(ranks, Run(job("qwen", there), rest, load=tmp_path))
-    rows_agree = here.get("dp", 1) == there.get("dp", 1)
-    compared = [index for index in range(len(resumed)) if rows_agree or index % 3 != 2]
-    np.testing.assert_allclose(np.take(elsewhere, compared), np.take(resumed, compared), rtol=1e-5)
+    np.testing.assert_allclose(elsewhere, resumed, rtol=1e-5)
 
 
 def test_bf16_trains_as_fp32_does(ranks: Ranks) -> None:

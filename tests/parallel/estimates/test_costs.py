@@ -161,3 +161,14 @@ def test_all_to_alls_beside_another_micro_batch_take_processors_from_it(make_job
     assert beside.expert == 0 < alone.expert
     assert beside.compute == pytest.approx(alone.compute + alone.expert * 24 / 132)
     assert beside.total < alone.total
+
+
+def test_gradients_that_a_kernel_adds_to_their_sum(make_job: Any) -> None:
+    """Each micro-batch, 10 bytes of each parameter of a rank: the bf16 gradient read, the fp32 sum read and written."""
+    step = Workload.of(make_job("llama3_8b", "h200_x8"), Layout(tp=8), 1)
+    device = hardware("h200", 8)
+    fused, added = (estimate_time(step, device, Software(gradients_fused=each)) for each in (True, False))
+    parameters = step.model.parameters / 8
+    expected = step.micro_batches * 10 * parameters / device.memory_bytes_per_second
+    assert added.compute - fused.compute == pytest.approx(expected, rel=0.01)
+    assert added.total - fused.total == pytest.approx(expected, rel=0.01)

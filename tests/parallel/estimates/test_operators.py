@@ -109,6 +109,11 @@ def test_every_number_of_a_profile_has_its_source(name: str) -> None:
     assert all(field["source"] for key, field in given.items() if key != "name")
 
 
+def test_the_devices_that_are_shipped() -> None:
+    devices = "a100_40gb a100_80gb ascend_910b b200 gb200_nvl72 h100 h200 laptop_cpu v100"
+    assert profile_names() == tuple(devices.split())
+
+
 def test_all_that_a_profile_lacks_is_named_at_once() -> None:
     path = ROOT / "parallel" / "estimates" / "profiles" / "h100.json"
     given = json.loads(path.read_text(encoding="utf-8"))
