@@ -244,9 +244,7 @@ def document(tuning: Tuning, reason: str, chosen: str | None) -> dict[str, Any]:
         "device": tuning.device.name,
         "version": tuning.store.version,
         "stopped": reason,
-        "residuals": {
-            name: float(getattr(tuning.calibration.software, name)) for name in RESIDUALS
-        },
+        "residuals": {name: float(getattr(tuning.calibration.software, name)) for name in RESIDUALS},
         "candidates": [
             {
                 "layout": each.plan.layout.as_dict(),
