@@ -33,8 +33,8 @@ LOGIT_ELEMENTS = {"parallel": 4, "fused": 2}
 it is not one kernel."""
 
 COMMUNICATOR_SHARE = 0.175
-"""Of a profile's reserve, which is measured with five communicators, what each of them takes: on an H200 0.67 of 3.84 GB
-(docs/planner), the context taking 0.5. On an A100 NCCL takes 0.54 GB for two ranks and 0.69 for more
+"""Of a profile's reserve, which is measured with five communicators, what each of them takes: on an H200 0.67 of 3.84
+GB (docs/planner), the context taking 0.5. On an A100 NCCL takes 0.54 GB for two ranks and 0.69 for more
 (github.com/NVIDIA/nccl, issue 964)."""
 
 HEAD_GRADIENT_ELEMENTS = 3
