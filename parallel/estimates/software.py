@@ -34,6 +34,8 @@ class Software:
     """On collectives of gradients and weights."""
     gradients_hidden: float = 1.0
     weights_hidden: float = 1.0
+    gradients_whole: bool = False
+    """A sharded optimizer's gradients are all-reduced in fp32, not scattered in the precision that they are kept in."""
     blocks_overlap: bool = False
     """Gathers and scatters of sequence parallelism go chunk by chunk beside the product that they feed or follow."""
     sends_hidden: float = 0.0
@@ -51,8 +53,9 @@ OURS = "Fivefold on Megatron-Core 0.16.1"
 FACTS = {
     # Of 2022, before its distributed optimizer: gradients are reduced when the last micro-batch is done.
     "Megatron-DeepSpeed": Software(gradients_hidden=0.0, weights_hidden=0.0),
-    # Its optimizer waits for gradients and gathers weights before the next step (arXiv 2311.05610 names no overlap).
-    "AA-Scaling": Software(gradients_hidden=0.0, weights_hidden=0.0),
+    # Its optimizer waits for gradients and gathers weights before the next step (arXiv 2311.05610 names no overlap);
+    # its core/optimizer/allreduce.py makes gradients fp32 before it reduces them, with ZeRO too.
+    "AA-Scaling": Software(gradients_hidden=0.0, weights_hidden=0.0, gradients_whole=True),
     "Megatron-LM 0.14 + TE": Software(),
     # Megatron-LM's README of the H100 runs names its overlaps: gradients, weights, tensor-parallel blocks, sends.
     "Megatron-Core r0.8.0": Software(blocks_overlap=True),
