@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -46,13 +47,21 @@ class DataSpec(Spec):
 
 
 class ClusterSpec(Spec):
-    """`nodes` machines of `devices_per_node` equal devices; `hardware` names one of parallel/estimates/profiles."""
+    """`nodes` machines of `devices_per_node` equal devices."""
 
     name: str
     device: Literal["cpu", "cuda"]
-    hardware: str
+    hardware: str = Field(
+        description="a profile: one of parallel/estimates/profiles, or the path of a .json file, as `fivefold profile` "
+        "writes it"
+    )
     nodes: int = Field(1, ge=1)
     devices_per_node: int = Field(ge=1)
+
+    @field_validator("hardware")
+    @classmethod
+    def _wherever_it_is_read(cls, hardware: str) -> str:
+        return str(Path(hardware).expanduser().absolute()) if hardware.endswith(".json") else hardware
 
     @property
     def devices(self) -> int:
@@ -129,7 +138,7 @@ class TrainSpec(Spec):
 
 
 class CheckpointSpec(Spec):
-    interval: int = Field(ge=1, description="steps between checkpoints; the last step always writes one")
+    interval: int = Field(ge=0, description="steps between checkpoints, and one after the last step; 0: none")
     keep: int = Field(3, ge=1, description="newest checkpoints kept")
 
 

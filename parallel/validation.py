@@ -102,7 +102,8 @@ def predict(row: Row) -> Prediction:
     seconds, step, memory = min(priced, key=lambda each: each[0])
     flops = row.flops_per_token(step) * step.global_batch * step.sequence_length
     tflops = flops / seconds / step.layout.world / 1e12
-    return Prediction(row, seconds, tflops, memory, memory.p_out_of_memory(device.memory_bytes))
+    p_out = memory.p_out_of_memory(device.memory_bytes)
+    return Prediction(row, seconds, tflops, memory, p_out, device.notice)
 
 
 def candidates(row: Row) -> list[Workload]:
@@ -145,8 +146,9 @@ def write(predictions: Iterable[Prediction], path: Path) -> None:
                 line["p_out_of_memory"] = f"{each.p_out_of_memory:.4f}"
                 line["predicted_step_seconds"] = f"{each.step_seconds:.6g}"
                 line["predicted_tflops_per_gpu"] = f"{each.tflops:.5g}"
-                line["step_seconds_low"] = f"{each.step_seconds / spread():.6g}"
-                line["step_seconds_high"] = f"{each.step_seconds * spread():.6g}"
+                factor = spread(each.row.software)
+                line["step_seconds_low"] = f"{each.step_seconds / factor:.6g}"
+                line["step_seconds_high"] = f"{each.step_seconds * factor:.6g}"
             writer.writerow(line)
 
 

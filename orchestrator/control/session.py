@@ -45,7 +45,7 @@ def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["
     """A new run folder, whole or not at all, with the job as it is to be run."""
     run = RunFolder(f"{root.rstrip('/')}/{new_run_id(job.name)}")
     try:
-        run.write_json("plan.json", planning.plans[0].as_dict())
+        run.write_json("plan.json", planning.plans[0].as_dict() | planner.device_of(job).told())
         run.write_json("status.json", new_status(run.run_id, Layout.of(job.layout), where))
         run.write_json("job.json", job.model_dump(mode="json"))
     except Exception as error:  # a filesystem's library raises what it likes

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
-from math import log2
+from math import isfinite, log2
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +79,20 @@ class Hardware:
     stands_for: str = ""
     """The device that was asked for, where it has no profile and this is the nearest one's."""
 
+    @property
+    def notice(self) -> str:
+        """What whoever plans with it must know; empty where it is the profile that was asked for."""
+        if not self.stands_for:
+            return ""
+        return (
+            f"{self.stands_for} HAS NO PROFILE: planned as if it were {self.name}, the nearest that has one; "
+            "`fivefold profile` on such a machine writes its own"
+        )
+
+    def told(self) -> dict[str, str]:
+        """For documents: whose numbers a plan is made with."""
+        return {"profile": self.name, "notice": self.notice}
+
     def peak_flops(self, precision: Literal["fp32", "fp16", "bf16", "fp8"]) -> float | None:
         """FLOP/s that MFU is measured against: of bf16 for fp8 too, as the tables have it."""
         return self.peak_fp32_flops if precision == "fp32" else self.peak_bf16_flops
@@ -89,6 +103,7 @@ class Hardware:
 
 
 _LINKS = ("fast_link", "network_link", "host_link")
+_MAY_BE_ZERO = ("memory_bytes", "reserved_bytes", "half_depth", "kernel_seconds", "collective_seconds")
 _FOLDER = files("parallel.estimates") / "profiles"
 
 
@@ -127,8 +142,27 @@ def read_profile(text: str, where: str) -> Hardware:
     if missing:
         raise InputError(where, None, f"lacks {', '.join(missing)}")
     values = {name: given[name]["value"] for name in WANTED}
+    wrong = [f"{name}.value={values[name]!r} {rule}" for name in WANTED if (rule := _broken(name, values[name]))]
+    if wrong:
+        raise InputError(where, None, "; ".join(wrong))
     values.update({name: Link(*values[name]) for name in _LINKS})
     return Hardware(name=given["name"], **values)
+
+
+def _broken(name: str, value: Any) -> str | None:
+    """The rule that a field's value breaks."""
+    if name in _LINKS:
+        pair = isinstance(value, list) and len(value) == 2 and _number(value[0]) and _number(value[1])
+        return None if pair and value[0] >= 0 and value[1] > 0 else "is not [seconds, bytes a second]"
+    if name.startswith("peak_") and value is None:
+        return None
+    if not _number(value):
+        return "is not a number"
+    return None if value > 0 or (value == 0 and name in _MAY_BE_ZERO) else "is not above 0"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 @cache

@@ -1,6 +1,6 @@
 """`python -m parallel.evidence.fitting MEASURED_LAYOUTS OPERATORS --out parallel/estimates/fitted.json`: fits.
 
-Of a device, how matrix products depend on their shape: on a table of measured operators. Of a framework's version, its
+Of a device, how matrix products depend on their shape: on a table of measured operators. Of frameworks, their
 residuals: on the rows of a table of measured layouts whose split is `calibrate`, and no others. The search is
 deterministic, so that the same tables give the same file.
 """
@@ -11,12 +11,13 @@ import argparse
 import csv
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parallel.estimates.costs import estimate_time
 from parallel.estimates.hardware import Hardware, hardware
@@ -27,38 +28,105 @@ from parallel.evidence.published import Row, UnpricedError, read
 
 RESIDUALS = {
     "compute": (0.9, 1.6),
-    "memory": (0.8, 5.0),
+    "memory": (0.6, 5.0),
     "launch": (0.5, 8.0),
     "network": (1.0, 2.0),
     "data": (1.0, 20.0),
-    "step_seconds": (0.0, 0.1),
 }
-"""Fields of Software that are fitted, and their bounds: no collective is quicker within a step than alone, and kernels
-are no quicker than those of the profile, but for the tenth by which an SXM board may exceed a PCIe one."""
+"""Fields of Software that are fitted, and their bounds: no collective is quicker within a step than alone, and products
+are no quicker than those of the profile, but for the tenth by which an A100 on SXM exceeds one on PCIe (NVIDIA's
+datasheet: 90% of its performance)."""
 
-PRODUCTS = {"bf16_flops": (0.3, 1.0), "half_depth": (0.0, 400.0), "tile_128": (0.5, 1.0), "tile_64": (0.3, 1.0)}
+STEP_SECONDS = (0.0, 0.1)
+"""Bounds of the time that a step takes whatever its size: each framework's own."""
+
+PRODUCTS = {"bf16_flops": (0.3, 1.0), "half_depth": (1.0, 400.0), "tile_128": (0.5, 1.0), "tile_64": (0.3, 1.0)}
 """Fields of Hardware that are fitted, and their bounds: the first as a share of the peak."""
 
 DEVICES = {"A100 PCIe": "a100_80gb", "B200 SXM": "b200"}
 """Of the table of operators, and the profile of its processor."""
 
-Bounds = dict[str, tuple[float, float]]
+NOISE = 0.028
+"""Steps of one configuration measured twice differ by up to this (BLOOM's topology search): smaller errors weigh as
+squares, larger ones as themselves, so that a run that had a slow node bends little."""
+
+BELIEF = 0.5
+"""Standard deviation of a parameter's logarithm before anything is measured: kernels of one kind by several frameworks
+differ by up to a factor of 2."""
+
+MOST_STEPS = 40
+DIFFERENCE = 1e-3
+"""Of a parameter, over which the errors' slopes are taken."""
+
 Point = dict[str, float]
+Bounds = Mapping[str, tuple[float, float]]
+Vector = NDArray[np.float64]
+Step = tuple[Workload, Hardware, float]
+"""What ran, on which device, and the seconds measured."""
 
 
-def descend(loss: Callable[[Point], float], start: Point, bounds: Bounds, finest: float = 0.004) -> Point:
-    """Coordinate descent from `start` within `bounds`, by steps that halve from a quarter of each range to `finest`."""
-    best, least, step = dict(start), loss(start), 0.25
-    while step > finest:
-        moved = False
-        for name, (low, high) in bounds.items():
-            for sign in (1, -1):
-                candidate = {**best, name: min(high, max(low, best[name] + sign * step * (high - low)))}
-                value = loss(candidate) if candidate != best else least
-                if value < least * (1 - 1e-6):
-                    best, least, moved = candidate, value, True
-        step = step if moved else step / 2
-    return {name: round(value, 4) for name, value in best.items()}
+def fit(errors: Callable[[Point], Vector], start: Point, bounds: Bounds) -> Point:
+    """What makes `errors`, logarithms of ratios, small: from `start`, and drawn to it where they say nothing.
+
+    Levenberg-Marquardt (Marquardt 1963) on squares weighted anew at each step (Holland and Welsch 1977), which is
+    Huber's loss with its bend at NOISE; the Jacobian is of finite differences. A parameter that starts above 0 moves
+    by its logarithm; one that starts at 0 by shares of its upper bound. Bounds hold by projection.
+    """
+    names = list(bounds)
+    coded = _Code(np.array([start[name] for name in names]), np.array([bounds[name] for name in names]))
+    origin, low, high = coded.origin, coded.low, coded.high
+
+    def point(at: Vector) -> Point:
+        return dict(zip(names, map(float, coded.values(at)), strict=True))
+
+    def loss(found: Vector, at: Vector) -> float:
+        size = np.abs(found)
+        huber = np.where(size < NOISE, size**2 / (2 * NOISE), size - NOISE / 2)
+        return float(huber.sum() / NOISE + ((at - origin) ** 2).sum() / (2 * BELIEF**2))
+
+    at, damping = np.clip(origin, low, high), 1e-3
+    found = errors(point(at))
+    least = loss(found, at)
+    for _ in range(MOST_STEPS):
+        columns = []
+        for index in range(len(names)):
+            aside = at.copy()
+            aside[index] += DIFFERENCE if at[index] + DIFFERENCE <= high[index] else -DIFFERENCE
+            columns.append((errors(point(aside)) - found) / (aside[index] - at[index]))
+        jacobian = np.stack(columns, axis=1)
+        weights = 1 / np.maximum(np.abs(found), NOISE) / NOISE
+        curvature = jacobian.T @ (weights[:, None] * jacobian) + np.eye(len(names)) / BELIEF**2
+        slope = jacobian.T @ (weights * found) + (at - origin) / BELIEF**2
+        # What is at a bound and pushed beyond it stays there.
+        free = ~(((at <= low) & (slope > 0)) | ((at >= high) & (slope < 0)))
+        before = least
+        while damping < 1e6 and least == before:
+            damped = curvature + damping * np.diag(np.diag(curvature))
+            step = np.zeros(len(names))
+            step[free] = -np.linalg.solve(damped[np.ix_(free, free)], slope[free])
+            tried = np.clip(at + step, low, high)
+            value = loss(there := errors(point(tried)), tried)
+            if value < least:
+                at, found, least = tried, there, value
+            damping *= 0.2 if value < before else 5
+        if before - least < 1e-5 * before:
+            break
+    return {name: round(value, 4) for name, value in point(at).items()}
+
+
+class _Code:
+    """Parameters as the search moves them: logarithms, or shares of the upper bound for those that start at 0."""
+
+    def __init__(self, start: Vector, bounds: Vector) -> None:
+        self._logarithmic = start > 0
+        self._scale = bounds[:, 1]
+        self.origin, self.low, self.high = (self._encode(values) for values in (start, bounds[:, 0], bounds[:, 1]))
+
+    def _encode(self, values: Vector) -> Vector:
+        return np.where(self._logarithmic, np.log(np.where(self._logarithmic, values, 1.0)), values / self._scale)
+
+    def values(self, at: Vector) -> Vector:
+        return np.where(self._logarithmic, np.exp(at), at * self._scale)
 
 
 def fit_products(operators: Sequence[dict[str, str]], device: str) -> Point:
@@ -71,37 +139,73 @@ def fit_products(operators: Sequence[dict[str, str]], device: str) -> Point:
             sizes = dict(re.findall(r"\b([mnk])=(\d+)", row["shape"]))
             shapes.append((int(sizes["m"]), int(sizes["n"]), int(sizes["k"]), float(row["efficiency"])))
 
-    def loss(point: Point) -> float:
+    def errors(point: Point) -> Vector:
         changes: dict[str, Any] = {**point, "bf16_flops": point["bf16_flops"] * peak}
         tried = replace(profile, **changes)
-        return float(np.mean([abs(np.log(_reached(tried, m, n, k) / peak / share)) for m, n, k, share in shapes]))
+        return np.array([np.log(_reached(tried, m, n, k) / peak / share) for m, n, k, share in shapes])
 
-    return descend(loss, {"bf16_flops": 0.8, "half_depth": 50.0, "tile_128": 0.95, "tile_64": 0.8}, PRODUCTS)
+    return fit(errors, {"bf16_flops": 0.8, "half_depth": 150.0, "tile_128": 0.9, "tile_64": 0.7}, PRODUCTS)
 
 
 def _reached(tried: Hardware, m: int, n: int, k: int) -> float:
     return 2.0 * m * n * k / product.__wrapped__(tried, "bf16", m, n, k)
 
 
-def fit_residuals(rows: Sequence[tuple[Workload, Hardware, float]], name: str) -> Point:
-    """Residuals that lessen the mean error of the steps of `rows`: the step, its device, the seconds measured."""
-    facts = FACTS[name]
-
-    def loss(point: Point) -> float:
-        tried = _with(facts, point)
-        errors = [abs(np.log(estimate_time(step, device, tried).total / seconds)) for step, device, seconds in rows]
-        return float(np.mean(errors))
-
-    start = {field: getattr(facts, field) for field in RESIDUALS}
-    return descend(loss, start, RESIDUALS)
+SHARED = "shared"
 
 
-def _with(facts: Software, point: Point) -> Software:
-    changes: dict[str, Any] = dict(point)
-    return replace(facts, **changes)
+def fit_residuals(steps: Mapping[str, Sequence[Step]]) -> dict[str, Point]:
+    """Residuals of each framework of `steps`, and those that they share: partial pooling (Gelman and Hill 2007, 12).
+
+    A residual is what all frameworks share times what is the framework's own; both are drawn to 1. So what its own
+    steps do not tell is as with the others, and one that was not measured gets what is shared.
+    """
+    start, bounds = {}, {}
+    for field, limits in RESIDUALS.items():
+        start[f"{SHARED}/{field}"], bounds[f"{SHARED}/{field}"] = 1.0, limits
+        for name in steps:
+            start[f"{name}/{field}"], bounds[f"{name}/{field}"] = 1.0, (limits[0] / limits[1], limits[1] / limits[0])
+    for name in steps:
+        start[f"{name}/step_seconds"], bounds[f"{name}/step_seconds"] = 0.0, STEP_SECONDS
+    known: dict[str, tuple[Point, Vector]] = {}
+
+    def errors(point: Point) -> Vector:
+        for name, measured in steps.items():
+            own = _residuals(point, name)
+            if name not in known or known[name][0] != own:
+                known[name] = own, step_errors(measured, with_residuals(name, own))
+        return np.concatenate([known[name][1] for name in steps])
+
+    found = fit(errors, start, bounds)
+    shared = {field: round(found[f"{SHARED}/{field}"], 4) for field in RESIDUALS}
+    return {SHARED: shared} | {name: _residuals(found, name) for name in steps}
 
 
-def calibration(rows: Sequence[Row], name: str) -> list[tuple[Workload, Hardware, float]]:
+def _residuals(point: Point, name: str) -> Point:
+    own = {
+        field: round(float(np.clip(point[f"{SHARED}/{field}"] * point[f"{name}/{field}"], *limits)), 6)
+        for field, limits in RESIDUALS.items()
+    }
+    return own | {"step_seconds": point[f"{name}/step_seconds"]}
+
+
+def with_residuals(name: str, residuals: Point) -> Software:
+    """A framework's facts, and these residuals."""
+    changes: dict[str, Any] = dict(residuals)
+    return replace(FACTS[name], **changes)
+
+
+def step_errors(steps: Sequence[Step], software: Software) -> Vector:
+    """Logarithms of predicted over measured seconds."""
+    return np.array([np.log(estimate_time(step, device, software).total / seconds) for step, device, seconds in steps])
+
+
+def spread(errors: Vector) -> float:
+    """The factor within which nine of ten lie."""
+    return round(float(np.exp(np.quantile(np.abs(errors), 0.9))), 3)
+
+
+def calibration(rows: Sequence[Row], name: str) -> list[Step]:
     """The measured steps of a framework that may be fitted on."""
     found = []
     for row in rows:
@@ -114,6 +218,15 @@ def calibration(rows: Sequence[Row], name: str) -> list[tuple[Workload, Hardware
     return found
 
 
+def left_out(steps: Mapping[str, Sequence[Step]]) -> Vector:
+    """Errors of each framework's steps by what the others share: those of one that was not measured."""
+    found = []
+    for name, measured in steps.items():
+        shared = fit_residuals({other: steps[other] for other in steps if other != name})[SHARED]
+        found.append(step_errors(measured, with_residuals(name, shared)))
+    return np.concatenate(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("layouts", type=Path)
@@ -124,16 +237,14 @@ def main() -> None:
         operators = list(csv.DictReader(file))
     rows = list(read(given.layouts))
     steps = {name: measured for name in FACTS if (measured := calibration(rows, name))}
-    residuals = {name: fit_residuals(measured, name) for name, measured in steps.items()}
-    errors = [
-        abs(np.log(estimate_time(step, device, _with(FACTS[name], residuals[name])).total / seconds))
-        for name, measured in steps.items()
-        for step, device, seconds in measured
-    ]
+    residuals = fit_residuals(steps)
+    spreads = {
+        name: spread(step_errors(measured, with_residuals(name, residuals[name]))) for name, measured in steps.items()
+    }
     fitted = {
         "products": {DEVICES[device]: fit_products(operators, device) for device in DEVICES},
         "software": residuals,
-        "spread": round(float(np.exp(np.quantile(errors, 0.9))), 3),
+        "spread": {SHARED: spread(left_out(steps))} | spreads,
     }
     given.out.write_text(json.dumps(fitted, indent=2) + "\n", encoding="utf-8")
 

@@ -14,8 +14,8 @@ from parallel.evidence.machine import COLLECTIVES, Measured, Sample, measured_fi
 _HOW = {
     "memory_bytes": "what torch reports",
     "processors": "what torch reports",
-    "reserved_bytes": "what tensors do not hold, with five communicators of {devices} devices and products' workspace",
-    "memory_bytes_per_second": "a copy",
+    "reserved_bytes": "what tensors do not hold, with a communicator of {devices} devices for each axis",
+    "memory_bytes_per_second": "a kernel that reads and writes",
     "bf16_flops": "products of several shapes",
     "fp32_flops": "products of several shapes",
     "fp8_flops": "products scaled by tensor",
@@ -25,13 +25,14 @@ _HOW = {
     "accumulate": "products that add to a sum in fp32 against those that write bf16",
     "attention_forward_flops": "causal attention by torch's choice of kernel",
     "attention_backward_flops": "causal attention by torch's choice of kernel",
-    "kernel_seconds": "a CUDA graph of the smallest kernels",
+    "kernel_seconds": "the smallest kernels, one after another",
     "launch_seconds": "operations of a layer on the smallest tensors",
     "collective_seconds": "{collectives} on up to {devices} devices",
     "fast_link": "{collectives} on up to {devices} devices",
     "host_link": "copies from and to pinned memory, {devices} devices at once",
     "host_adam_bytes_per_second": "torch's fused Adam, {devices} devices at once",
 }
+_ON_DEVICE = ("memory", "launches", "kernels", "products", "other precisions", "fp8", "sums", "attention")
 _JOINT = ("collective_seconds", "fast_link")
 _PARTS = {
     "memory": ("memory_bytes_per_second",),
@@ -45,6 +46,7 @@ _PARTS = {
     **dict.fromkeys(COLLECTIVES, _JOINT),
     "host": ("host_link", "host_adam_bytes_per_second", "reserved_bytes"),
 }
+_PARTS["device"] = tuple(name for part in _ON_DEVICE for name in _PARTS[part])
 """Fields that are for want of a part not measured."""
 _FACTS = ("peak_bf16_flops", "peak_fp32_flops", "peak_fp8_flops", "fast_domain")
 

@@ -145,11 +145,12 @@ class Row:
 
     @property
     def device(self) -> Hardware:
-        """The profile of the row's device. UnpricedError where there is none."""
-        name = PROFILES.get(self.cells["gpu_type"])
-        if name is None:
-            raise UnpricedError(f"no profile of {self.cells['gpu_type'] or 'a device that is not said'}")
-        found = hardware(name, self._count("gpus_per_node"))
+        """The profile of the row's device, or the nearest one's. UnpricedError where nothing is known of it."""
+        name = self.cells["gpu_type"]
+        try:
+            found = hardware(PROFILES.get(name, name), self._count("gpus_per_node"))
+        except InputError:
+            raise UnpricedError(f"no profile of {name or 'a device that is not said'}") from None
         ports = re.search(r"inter-node (\d+) Gb/s", self.cells.get("inferred_fields", ""))
         if ports is None:
             return found

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from parallel import validation
 from parallel.estimates.costs import estimate_time
 from parallel.estimates.hardware import hardware
-from parallel.estimates.software import FACTS, Software, software
+from parallel.estimates.software import FACTS, OURS, Software, software, spread
 from parallel.estimates.workload import Workload
 from parallel.evidence import fitting
 from parallel.evidence.published import COLUMNS, Row
@@ -63,6 +64,13 @@ def test_what_cannot_be_priced_carries_its_reason(tmp_path: Path) -> None:
     assert float(lines[0]["predicted_memory_bytes"]) > 1e9
     assert float(lines[0]["step_seconds_low"]) < float(lines[0]["predicted_step_seconds"])
     assert lines[1]["predicted_step_seconds"] == ""
+
+
+def test_a_device_without_a_profile_is_priced_as_the_nearest_and_that_is_said() -> None:
+    near, own = (validation.predict(row(gpu_type=name)) for name in ("GB300 (NVL72)", "GB200 (NVL72)"))
+    assert near.step_seconds == own.step_seconds
+    assert near.reason.startswith("GB300 (NVL72) HAS NO PROFILE: planned as if it were gb200_nvl72")
+    assert own.reason == ""
 
 
 def test_what_a_row_leaves_open_is_chosen() -> None:
@@ -119,11 +127,15 @@ def test_what_is_computed_again_is_left_open_only_where_it_is_not_said() -> None
     assert small.step_seconds == none.step_seconds
 
 
-def test_what_is_not_known_has_no_residuals() -> None:
-    assert software("somebody's own") == Software()
-    for name in ("Megatron-DeepSpeed", "AA-Scaling"):
-        assert software(name) != FACTS[name]
-        assert software(name).gradients_hidden == 0
+def test_what_is_not_known_has_what_all_share() -> None:
+    unknown = software("somebody's own")
+    assert unknown == software("somebody else's")
+    assert unknown.gradients_hidden == Software().gradients_hidden
+    for field in fitting.RESIDUALS:
+        measured = [getattr(software(name), field) for name in ("Megatron-DeepSpeed", "AA-Scaling", OURS)]
+        # Partial pooling: drawn to 1, and between those that were measured.
+        assert min(*measured, 1.0) <= getattr(unknown, field) <= max(*measured, 1.0)
+    assert spread("somebody's own") > max(spread(name) for name in ("Megatron-DeepSpeed", "AA-Scaling"))
 
 
 def test_a_version_that_was_not_measured_has_its_own_facts_and_the_nearest_ones_residuals() -> None:
@@ -133,16 +145,38 @@ def test_a_version_that_was_not_measured_has_its_own_facts_and_the_nearest_ones_
 
 
 def test_the_fit_finds_what_made_the_measurements() -> None:
-    """Steps priced with known residuals, and nothing else, give the residuals back."""
-    known = replace(FACTS["AA-Scaling"], compute=1.3, network=1.5)
+    """Steps of two frameworks priced with known residuals; one of them ran on slow nodes, which bends nothing."""
+    known = {
+        "AA-Scaling": replace(FACTS["AA-Scaling"], compute=1.3, memory=1.5, network=1.5, step_seconds=0.05),
+        "Megatron-DeepSpeed": replace(FACTS["Megatron-DeepSpeed"], compute=0.95, memory=1.2, launch=3.0),
+    }
     step, device = row(framework="AA-Scaling", vpp="1").workload(), hardware("a100_80gb", 8)
-    steps = [replace(step, layout=Layout(tp=tp, pp=8, dp=64 // tp, sp=False)) for tp in (1, 2, 4, 8)]
-    steps += [replace(each, micro_batch=1) for each in steps]
-    measured = [(each, device, estimate_time(each, device, known).total) for each in steps]
-    residuals: dict[str, Any] = dict(fitting.fit_residuals(measured, "AA-Scaling"))
-    found = replace(FACTS["AA-Scaling"], **residuals)
-    for each, _, seconds in measured:
-        assert estimate_time(each, device, found).total == pytest.approx(seconds, rel=0.03)
+    shapes = [replace(step, layout=Layout(tp=tp, pp=8, dp=64 // tp, sp=False)) for tp in (1, 2, 4, 8)]
+    shapes += [replace(each, micro_batch=1) for each in shapes]
+    shapes += [replace(each, layout=Layout(), global_batch=1, sequence_length=128) for each in shapes[-1:]]
+    steps = {
+        name: [(each, device, estimate_time(each, device, made).total) for each in shapes]
+        for name, made in known.items()
+    }
+    slow, _, seconds = steps["AA-Scaling"][2]
+    found = fitting.fit_residuals(steps | {"AA-Scaling": [*steps["AA-Scaling"], (slow, device, 2 * seconds)]})
+    for name, measured in steps.items():
+        assert np.abs(fitting.step_errors(measured, fitting.with_residuals(name, found[name]))).max() < 0.02
+
+
+def test_what_says_nothing_stays_put() -> None:
+    found = fitting.fit(
+        lambda point: np.log(np.array([point["a"] / 2, point["a"] / 2])),
+        {"a": 1.0, "b": 1.0, "c": 0.0},
+        {"a": (0.1, 10.0), "b": (0.1, 10.0), "c": (0.0, 1.0)},
+    )
+    assert found["a"] == pytest.approx(2, rel=0.01)
+    assert (found["b"], found["c"]) == (1.0, 0.0)
+
+
+def test_bounds_hold() -> None:
+    found = fitting.fit(lambda point: np.log(np.array([point["a"] / 20])), {"a": 1.0}, {"a": (0.1, 3.0)})
+    assert found == {"a": 3.0}
 
 
 def test_only_calibration_rows_are_fitted_on() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+_DRIVERS = (Path("/sys/module/nvidia/version"), Path("/proc/driver/nvidia/version"))
+
 
 def facts(rank: int, kind: str) -> dict[str, Any]:
     """Facts of a device, and the memory that is free on it or, of a CPU, on the machine."""
@@ -26,9 +28,9 @@ def facts(rank: int, kind: str) -> dict[str, Any]:
 
 
 def _driver() -> str:
-    told = Path("/proc/driver/nvidia/version")
-    words = told.read_text(encoding="utf-8").split() if told.exists() else []
-    return next((word for word in words if re.fullmatch(r"\d+\.[\d.]+", word)), "unknown")
+    told = [path.read_text(encoding="utf-8") for path in _DRIVERS if path.exists()]
+    found = re.search(r"\b\d{3,}\.[\d.]+", " ".join(told))
+    return found[0] if found else "unknown"
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 
 from orchestrator.worker.profiling import kernels, links
-from parallel.estimates.hardware import WANTED, Hardware, Link, hardware
+from parallel.estimates.hardware import WANTED, Hardware, Link, hardware, read_profile
 from parallel.estimates.network import Network
 from parallel.estimates.operators import attention, product
 from parallel.evidence.machine import COLLECTIVES, Measured, Sample, grouped_rate, measured_fields
+from parallel.evidence.machine_profile import Machine, collected, document, shipped_for
 
 TRUE = replace(
     hardware("h200", 8),
@@ -96,3 +98,71 @@ def test_a_profile_comes_back_from_the_seconds_it_predicts() -> None:
     for name, value in found.items():
         assert value == pytest.approx(getattr(TRUE, name), rel=0.03), name
     assert grouped_rate(measured, TRUE) == pytest.approx(0.8)
+
+
+def test_groups_of_one_size_do_not_tell_a_hop_from_the_fixed_cost() -> None:
+    pairs = [each for each in timings(TRUE) if each.sizes.get("size") == 2]
+    found = measured_fields(Measured(pairs, {}, {}), nearest := hardware("h100", 8))
+    assert found["fast_link"].latency_seconds == nearest.fast_link.latency_seconds
+    assert found["fast_link"].bytes_per_second == pytest.approx(TRUE.fast_link.bytes_per_second, rel=0.02)
+    device = replace(TRUE, **found)
+    for total in links.TOTAL_BYTES["cuda"]:
+        seconds = [Network(each, 2).all_reduce(total, 2, 1) for each in (device, TRUE)]
+        assert seconds[0] == pytest.approx(seconds[1], rel=0.05)
+
+
+def h200s(count: int) -> list[dict[str, Any]]:
+    """What the measuring process tells of a machine of `count` H200s before it times anything."""
+    facts = {"device": "NVIDIA H200", "kind": "cuda", "devices": count, "torch": "2.11.0", "driver": "580.1"}
+    return [{"doing": "memory"}, {"machine": facts | {"memory_bytes": 150 * 10**9, "processors": 132}}]
+
+
+def test_what_was_not_measured_is_the_shipped_profiles_and_says_why() -> None:
+    left_out = [each for each in timings(TRUE) if each.what == "all_to_all" or each.precision == "fp8"]
+    told = [{"sample": vars(each)} for each in timings(TRUE) if each not in left_out]
+    failed = {"failed": "all_to_all", "why": "ranks [0, 1] did not finish in time"}
+    fp8 = {"failed": "fp8", "why": "no such kernel"}
+    found = document(*collected([*h200s(2), *told, failed, fp8]), "2026-11-23")
+    here, shipped = read_profile(json.dumps(found), "here"), hardware("h200", 2)
+    assert (here.name, here.memory_bytes, here.peak_bf16_flops) == ("h200", 150 * 10**9, shipped.peak_bf16_flops)
+    by = "measured on NVIDIA H200, torch 2.11.0, driver 580.1, 2026-11-23: "
+    assert found["bf16_flops"]["source"] == by + "products of several shapes"
+    assert found["fast_link"]["source"] == by + "all_reduce, all_gather, reduce_scatter, send on up to 2 devices"
+    assert here.fast_link.bytes_per_second == pytest.approx(TRUE.fast_link.bytes_per_second, rel=0.01)
+    assert here.fp8_flops == shipped.fp8_flops
+    assert found["fp8_flops"]["source"].startswith("not measured (fp8: no such kernel); as in the profile h200: ")
+    assert found["network_link"]["source"].startswith("not measured; as in the profile h200: NDR")
+    assert found["measured"]["failed"] == {"all_to_all": "ranks [0, 1] did not finish in time", "fp8": "no such kernel"}
+
+
+def test_one_device_tells_nothing_of_links() -> None:
+    found = document(*collected(h200s(1)), "2026-11-23")
+    assert found["fast_link"]["source"].startswith("not measured (one device); as in the profile h200: ")
+    assert found["fast_link"]["value"] == [4e-6, 3e11]
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "profile", "same"),
+    [
+        ("NVIDIA H200", 150e9, "h200", True),
+        ("NVIDIA A100-SXM4-40GB", 42e9, "a100_40gb", True),
+        ("NVIDIA H100 80GB HBM3", 85e9, "h100", True),
+        ("Tesla V100-SXM2-32GB", 34e9, "v100", True),
+        ("NVIDIA GB200", 198e9, "gb200_nvl72", True),
+        ("Ascend910B3", 65e9, "ascend_910b", True),
+        ("NVIDIA H100 NVL", 100e9, "h100", False),
+        ("NVIDIA L40S", 48e9, "a100_40gb", False),
+        ("NVIDIA H300", 300e9, "gb200_nvl72", False),  # nothing is known of it but its memory
+    ],
+)
+def test_a_device_by_its_drivers_name(name: str, memory: float, profile: str, same: bool) -> None:
+    found, known = shipped_for(Machine(name, "cuda", 8, "2.11.0", "580.1", int(memory)))
+    assert (found.name, known) == (profile, same)
+
+
+def test_a_device_that_no_profile_is_of_has_only_peaks_that_are_known() -> None:
+    told = [{"machine": h200s(8)[1]["machine"] | {"device": "NVIDIA L40S"}}]
+    found = document(*collected(told), "2026-11-23")
+    assert found["name"] == "nvidia-l40s"
+    assert (found["peak_bf16_flops"]["value"], found["peak_fp8_flops"]["value"]) == (362e12, None)
+    assert found["fast_domain"] == {"value": 8, "source": "devices of this machine"}
