@@ -15,7 +15,7 @@ from parallel.estimates.software import OURS
 from parallel.layout import Layout
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
-"""Of matrix products. With fp8, weights and activations that are kept are bf16."""
+"""Of matrix products. With fp8, weights are kept in bf16, and activations but those that products alone keep."""
 
 Load = Literal["balanced", "natural", "p99"]
 """How unevenly tokens are routed: forced even; as trained with a balancing loss; as in one step of a hundred."""
