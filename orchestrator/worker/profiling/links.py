@@ -19,7 +19,7 @@ TOTAL_BYTES = {
 }
 """That each rank holds before an all-reduce or an all-to-all, or after an all-gather."""
 COPIED_BYTES = (2**16, 2**20, 2**24, 2**28)
-_ADAM_PARAMETERS = {"cuda": 2**25, "cpu": 2**23}
+_ADAM_PARAMETERS = {"cuda": 2**25, "cpu": 2**22}
 
 
 def group_sizes(world: int) -> tuple[int, ...]:
