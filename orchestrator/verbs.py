@@ -59,10 +59,13 @@ def tune(options: argparse.Namespace) -> Answer:
     from jobs import compose
     from orchestrator.control import cluster, need, session, tune
     from orchestrator.control.measured import Store
+    from orchestrator.control.planning import announce
     from orchestrator.control.trials import Trials
     from orchestrator.control.tune_display import TuneDisplay
+    from parallel.planning import planner
 
     job = compose.compose(options.job, options.overrides)
+    announce(planner.device_of(job))
     tuning = tune.Tuning(job, Store(options.run_root, job))
     need.engines()
     address = os.environ.get("RAY_ADDRESS")

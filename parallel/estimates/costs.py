@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from statistics import NormalDist
 
 from jobs.architecture import ModelArchitecture
 from parallel.estimates.hardware import Hardware
@@ -19,6 +20,10 @@ from parallel.estimates.network import Network
 from parallel.estimates.software import Software, software
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
+
+VARIATION = 0.015
+"""Standard deviation of equal devices' speed: in five clusters 8% lay between the whiskers of its distribution, which
+are 5.4 standard deviations apart (Sinha et al., Not All GPUs Are Created Equal, SC 2022)."""
 
 Costs = tuple[tuple[float, float, float], ...]
 
@@ -114,6 +119,7 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
     dense_layers, moe_layers, heads = stage.dense_layers, stage.moe_layers, stage.is_last
     cost = Cost(*(dense_layers * dense + moe_layers * moe + heads * last for dense, moe, last in costs))
     layout = workload.layout
+    slowest = _slowest(layout.world)
     sends = 0.0
     if layout.pp > 1:
         activation = workload.element * workload.tokens * workload.model.hidden / (layout.tp if layout.sp else 1)
@@ -121,8 +127,11 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
             activation /= layout.tp  # scattered over the group and gathered again behind the stage boundary
         sends = 2 * network.send(activation, layout.tp * layout.cp * layout.dp) * _sends_waited_for(workload, ours)
     host = network.hardware.launch_seconds * ours.launch * cost.kernels
-    forward, backward = cost.forward, cost.backward
+    forward, backward = slowest * cost.forward, slowest * cost.backward
     waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
+    if not ours.gradients_fused:  # read where the product wrote it, and added to the sum
+        accumulated = (stage.dense_parameters + stage.expert_parameters) * (workload.element + 8)
+        backward += accumulated / network.hardware.memory_bytes_per_second
     return _Pass(
         compute=forward + backward,
         launch=waits,
@@ -147,6 +156,17 @@ def _sends_waited_for(workload: Workload, ours: Software) -> float:
         return 1 - ours.sends_hidden
     filling = 2 * (pp - 1) + (vpp - 1) * pp
     return min(filling, micro_batches * vpp) / micro_batches
+
+
+@cache
+def _slowest(devices: int) -> float:
+    """Seconds of the slowest of so many equal devices over their mean: all wait for it in every step.
+
+    Expected maximum of normal deviates (Blom 1958), whose spread is VARIATION.
+    """
+    if devices == 1:
+        return 1.0
+    return 1 + VARIATION * NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
 
 
 def _waits(host: float, device: float) -> float:
@@ -185,7 +205,8 @@ def _data(
         exposed += max(0.0, gather + scatter - ours.gradients_hidden * one.backward)
         exposed *= workload.micro_batches
     else:
-        gradients = both(workload.gradient_bytes, reduce=stages_apart == 0)
+        whole = ours.gradients_whole or stages_apart == 0
+        gradients = both(4 if ours.gradients_whole else workload.gradient_bytes, reduce=whole)
         gradients *= workload.micro_batches if stages_apart == 2 else 1
         weights = both(workload.element) if stages_apart else 0.0
         exposed = max(0.0, gradients - ours.gradients_hidden * one.backward)
@@ -201,11 +222,14 @@ def _data(
 
 
 def _optimizer(workload: Workload, stage: Stage, hardware: Hardware) -> float:
-    """Adam, bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written.
+    """Adam, bound by memory: fp32 weight, moments and gradient read, the first three written; the model's weight made.
 
-    Before it gradients are read for their norm and scaled.
+    Before it, of fp32 gradients: made of 16 bits where they are kept so, unscaled with fp16, read for their norm,
+    scaled by it (Megatron-LM's and apex's optimizers, counted).
     """
     dense = stage.dense_parameters / (workload.shards if workload.zero_stage else 1)
     experts = stage.expert_parameters / (workload.expert_shards if workload.zero_stage else 1)
-    bytes_each = (28 + workload.element) * (1 - workload.optimizer_offloaded) + 3 * workload.gradient_bytes
+    adam = 28 + 4 + workload.element
+    gradients = 4 + 8 + (6 if workload.gradient_bytes == 2 else 0) + (8 if workload.precision == "fp16" else 0)
+    bytes_each = adam * (1 - workload.optimizer_offloaded) + gradients
     return (dense + experts) * bytes_each / hardware.memory_bytes_per_second

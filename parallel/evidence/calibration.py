@@ -32,8 +32,8 @@ Array = NDArray[np.float64]
 
 FITTED: dict[str, Any] = json.loads((files("parallel.evidence") / "calibration_fitted.json").read_text())
 """between: standard deviations of residuals from one version to another, of logarithms but for step_seconds, which is
-in seconds. left_over: of delta, the standard deviations of the part that near
-steps share and of each one's own, and the distance at which the shared part has fallen to 1/e."""
+in seconds. left_over: of delta, the standard deviations of the part that near steps share and of each one's own, and
+the distance at which the shared part has fallen to 1/e."""
 
 RESIDUALS = tuple(FITTED["between"])
 """Fields of Software that are calibrated."""
