@@ -14,7 +14,7 @@ from parallel.evidence.machine import COLLECTIVES, Measured, Sample, measured_fi
 _HOW = {
     "memory_bytes": "what torch reports",
     "processors": "what torch reports",
-    "reserved_bytes": "what tensors do not hold, with a communicator of {devices} devices for each axis",
+    "reserved_bytes": "what tensors do not hold, with five communicators of {devices} devices",
     "memory_bytes_per_second": "a kernel that reads and writes",
     "bf16_flops": "products of several shapes",
     "fp32_flops": "products of several shapes",
@@ -117,7 +117,7 @@ def _facts(machine: Machine) -> dict[str, tuple[Any, str]]:
 
 def _why(name: str, machine: Machine, measured: Measured) -> str:
     reasons = [f"{part}: {why}" for part, why in measured.failed.items() if name in _PARTS.get(part, ())]
-    if name in _JOINT and machine.count == 1:
+    if name in (*_JOINT, "reserved_bytes") and machine.count == 1:
         reasons.append("one device")
     return f" ({'; '.join(reasons)})" if reasons else ""
 
