@@ -16,7 +16,7 @@ from orchestrator.control.measured import Measured, Outcome, Store
 from parallel.estimates.costs import estimate_time
 from parallel.estimates.memory import LIKELY_OUT
 from parallel.estimates.workload import Workload
-from parallel.evidence.calibration import Belief, Calibration, MemoryCalibration, next_run, settled
+from parallel.evidence.calibration import RESIDUALS, Belief, Calibration, MemoryCalibration, next_run, settled
 from parallel.planning import planner
 
 CANDIDATES = 16
@@ -244,9 +244,7 @@ def document(tuning: Tuning, reason: str, chosen: str | None) -> dict[str, Any]:
         "device": tuning.device.name,
         "version": tuning.store.version,
         "stopped": reason,
-        "residuals": {
-            name: getattr(tuning.calibration.software, name) for name in ("compute", "memory", "launch", "network")
-        },
+        "residuals": {name: float(getattr(tuning.calibration.software, name)) for name in RESIDUALS},
         "candidates": [
             {
                 "layout": each.plan.layout.as_dict(),

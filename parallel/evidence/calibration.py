@@ -55,9 +55,10 @@ NOISE = 0.028
 _STEP, _STILL, _ROUNDS = 1e-3, 1e-4, 20
 """Of residuals: the one that gives a derivative, the one that ends the search, and how many there are at most."""
 
-_SHARED = _OWN = memory.FITTED["spread"] ** 2 / 2
-"""Variances of the logarithm of bytes over their estimate: what all steps share, and each one's own. That they are
-halves of the whole is an assumption: one published source of split `calibrate` alone tells of more than one."""
+_SHARED = _OWN = (memory.FITTED["spread_held"] ** 2 + memory.FITTED["spread_passing"] ** 2) / 4 / 2
+"""Variances of the logarithm of bytes over their estimate: what all steps share, and each one's own, of a rank half of
+whose memory comes and goes. That they are halves of the whole is an assumption: one published source of split
+`calibrate` alone tells of more than one."""
 
 UNSEEN = 0.02
 """Of steps, those that run out of memory for a reason that no estimate sees, as memory_fitting.py has it."""

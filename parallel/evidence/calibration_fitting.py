@@ -2,7 +2,7 @@
 
 What a calibration believes before its first run, of the rows whose split is `calibrate` alone: how far the residuals of
 one version of a framework lie from another's, and what fitted residuals leave of a step's error, which near layouts
-share. The likelihood is that of a Gaussian process (Rasmussen and Williams 2006, equation 2.30).
+share.
 """
 
 from __future__ import annotations
@@ -15,24 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel.estimates.costs import estimate_time
-from parallel.estimates.hardware import Hardware
 from parallel.estimates.software import FACTS, Software, software
-from parallel.estimates.workload import Workload
 from parallel.evidence import fitting
 from parallel.evidence.calibration import LEAST, REPEAT, Array, apart
 from parallel.evidence.published import read
 
 GRID = {
-    "shared": [step / 50 for step in range(1, 21)],
-    "reach": [0.5 * 1.5**power for power in range(10)],
-    "own": [step / 50 for step in range(11)],
+    "shared": [step / 100 for step in range(1, 31)],
+    "reach": [0.5 * 1.25**power for power in range(16)],
+    "own": [step / 100 for step in range(11)],
 }
 """Of what is left over: what is tried."""
 
 RESIDUALS = (*fitting.RESIDUALS, "step_seconds")
-
-Step = tuple[Workload, Hardware, float]
 
 
 def between(versions: Sequence[Software]) -> dict[str, float]:
@@ -46,24 +41,24 @@ def _of(versions: Sequence[Software], name: str) -> Array:
     return values if name == "step_seconds" else np.log(values)
 
 
-def left_over(steps: Mapping[str, Sequence[Step]]) -> dict[str, float]:
+def left_over(steps: Mapping[str, Sequence[fitting.Step]]) -> dict[str, float]:
     """The likeliest covariance of what fitted residuals leave, of a grid.
 
-    Its deviation is larger than that of the errors: what all layouts of a version share, the residuals have taken.
+    Likely are the differences of each two steps of a version (Curriero and Lele 1999, composite likelihood): the whole
+    process's likelihood is ruled by its nearest steps, and takes far ones for much less alike than they are.
     """
-    parts = []
-    for measured in steps.values():
-        errors = [np.log(seconds / estimate_time(step, device).total) for step, device, seconds in measured]
-        workloads = [step for step, _, _ in measured]
-        parts.append((np.array(errors), apart(workloads, workloads)))
+    differences, distances = [], []
+    for name, measured in steps.items():
+        errors, workloads = fitting.step_errors(measured, software(name)), [step for step, _, _ in measured]
+        pairs = np.triu_indices(len(errors), 1)
+        differences.append((errors[pairs[0]] - errors[pairs[1]]) ** 2)
+        distances.append(apart(workloads, workloads)[pairs])
+    distance, place, number = np.unique(np.concatenate(distances), return_inverse=True, return_counts=True)
+    squares = np.bincount(place, np.concatenate(differences))
 
     def unlikelihood(shared: float, reach: float, own: float) -> float:
-        total = 0.0
-        for errors, distance in parts:
-            near = shared**2 * np.exp(-distance / reach) + own**2 * (distance == 0)
-            factor = np.linalg.cholesky(near + REPEAT**2 * np.eye(len(errors)))
-            total += np.log(np.diag(factor)).sum() + (np.linalg.solve(factor, errors) ** 2).sum() / 2
-        return total
+        half = shared**2 * (1 - np.exp(-distance / reach)) + own**2 * (distance > 0) + REPEAT**2
+        return float((squares / (4 * half) + number * np.log(half) / 2).sum())
 
     likeliest = min(itertools.product(*GRID.values()), key=lambda point: unlikelihood(*point))
     return dict(zip(GRID, (round(value, 4) for value in likeliest), strict=True))

@@ -69,7 +69,7 @@ def test_intervals_cover_what_the_model_draws(steps: list[Workload]) -> None:
     """Truths drawn from the prior, three steps of each measured: of the others nine in ten are within."""
     draw, within = np.random.default_rng(1), []
     prior = Calibration(H200, OURS).believe(steps)
-    for _ in range(40):
+    for _ in range(15):
         true = draw.multivariate_normal(prior.mean, prior.covariance, method="cholesky")
         seen = draw.choice(len(steps), 3, replace=False)
         belief = Calibration(H200, OURS, [Observation(steps[at], float(np.exp(true[at]))) for at in seen]).believe(
