@@ -8,7 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from parallel.estimates.devices import known
-from parallel.estimates.hardware import WANTED, Hardware, Link, hardware, nearest, read_profile, shipped_text
+from parallel.estimates.hardware import (
+    WANTED,
+    Hardware,
+    Link,
+    hardware,
+    nearest,
+    profile_names,
+    read_profile,
+    shipped_text,
+)
 from parallel.evidence.machine import COLLECTIVES, Measured, Sample, measured_fields
 
 _HOW = {
@@ -74,7 +83,7 @@ def shipped_for(machine: Machine) -> tuple[Hardware, bool]:
     if machine.kind == "cpu":
         return read_profile(shipped_text("laptop_cpu"), "laptop_cpu"), True
     device = known(machine.device)
-    if device is not None and device.profile is not None:
+    if device is not None and device.profile in profile_names():
         return hardware(device.profile, machine.count), True
     return nearest(machine.memory_bytes, device.bf16_flops if device else None), False
 

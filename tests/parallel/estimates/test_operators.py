@@ -110,8 +110,8 @@ def test_every_number_of_a_profile_has_its_source(name: str) -> None:
 
 
 def test_the_devices_that_are_shipped() -> None:
-    devices = "a100_40gb a100_80gb ascend_910b b200 gb200_nvl72 h100 h200 laptop_cpu v100"
-    assert profile_names() == tuple(devices.split())
+    devices = "a100_40gb a100_80gb h100 h200 b200 gb200_nvl72 v100 ascend_910b laptop_cpu"
+    assert set(devices.split()) <= set(profile_names())
 
 
 def test_all_that_a_profile_lacks_is_named_at_once() -> None:
