@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Device:
-    """`bf16_flops` is the dense peak (of fp16 where there is no bf16); `profile` the shipped one that describes it."""
+    """`bf16_flops` is the dense peak (of fp16 where there is no bf16); `profile` the one that describes it."""
 
     memory_bytes: float
     bf16_flops: float
