@@ -2,8 +2,9 @@
 uncertainty, and the step to measure next.
 
 A step's seconds are `log y = log t(theta) + delta + noise` (Kennedy and O'Hagan 2001): t is estimate_time, theta the
-residuals of Software as logarithms, normal about the shipped ones; delta is what no residuals explain, a Gaussian
-process over layouts whose nearness lessens with each doubling of a degree; noise is a repeat's. The update is
+residuals of Software as logarithms, normal about the shipped ones; delta is what no residuals explain: a factor of all
+steps, where the version was not measured, and a Gaussian process over layouts whose nearness lessens with each doubling
+of a degree; noise is a repeat's. The update is
 Gauss-Newton's: linear in theta about the mode, iterated. The numbers are of calibration_fitted.json, by
 calibration_fitting.py.
 """
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from parallel.estimates import memory
 from parallel.estimates.costs import estimate_time
 from parallel.estimates.hardware import Hardware
-from parallel.estimates.software import Software, software
+from parallel.estimates.software import Software, software, spread
 from parallel.estimates.workload import Workload
 
 Array = NDArray[np.float64]
@@ -119,6 +120,10 @@ class Calibration:
     def __init__(self, device: Hardware, version: str, observations: Sequence[Observation] = ()) -> None:
         self.device, self.version = device, version
         self._shipped = software(version)
+        # Steps of a version that was not measured are off together, as those of measured ones are when left out of the
+        # fit: by what spread tells beyond layouts' own errors.
+        left_over = FITTED["left_over"]["shared"] ** 2 + FITTED["left_over"]["own"] ** 2
+        self._common = max(0.0, (log(spread(version)) / INTERVAL) ** 2 - left_over)
         timed = [each for each in observations if each.seconds]
         self._seen = [each.workload for each in timed]
         self._measured = np.log([each.seconds or 1.0 for each in timed])
@@ -135,9 +140,9 @@ class Calibration:
     def believe(self, workloads: Sequence[Workload]) -> Belief:
         """Of steps that may have been measured or not (Rasmussen and Williams 2006, section 2.7)."""
         logs, slopes = self._linear(workloads)
-        joint = (slopes * self._prior) @ slopes.T + _nearness(workloads, workloads)
+        joint = (slopes * self._prior) @ slopes.T + self._delta(workloads, workloads)
         if self._seen:
-            near = _nearness(workloads, self._seen)
+            near = self._delta(workloads, self._seen)
             across = (slopes * self._prior) @ self._slopes.T + near
             logs = logs + near @ np.linalg.solve(self._apart, self._left)
             joint = joint - across @ np.linalg.solve(self._joint, across.T)
@@ -145,7 +150,7 @@ class Calibration:
 
     def _settle(self) -> None:
         """Gauss-Newton to the mode of theta, delta integrated out."""
-        self._apart = _nearness(self._seen, self._seen) + np.diag(self._noise)
+        self._apart = self._delta(self._seen, self._seen) + np.diag(self._noise)
         for _ in range(_ROUNDS):
             logs, self._slopes = self._linear(self._seen)
             self._left = self._measured - logs
@@ -156,6 +161,11 @@ class Calibration:
             moved, self._shift = float(np.abs(found - self._shift).max()), found
             if moved < _STILL:
                 break
+
+    def _delta(self, rows: Sequence[Workload], columns: Sequence[Workload]) -> Array:
+        """Covariance of what residuals do not explain, [rows, columns]: what all steps share, and near ones."""
+        covariance: Array = self._common + _nearness(rows, columns)
+        return covariance
 
     def _at(self, shift: Array) -> Software:
         """The shipped residuals moved: added to step_seconds, to the others' logarithms."""
@@ -285,7 +295,7 @@ def settled(belief: Belief, best: int) -> bool:
 
 
 def _nearness(rows: Sequence[Workload], columns: Sequence[Workload]) -> Array:
-    """Covariance of delta, [rows, columns]."""
+    """Covariance of layouts' own errors, [rows, columns]."""
     distance, fitted = apart(rows, columns), FITTED["left_over"]
     near: Array = fitted["shared"] ** 2 * np.exp(-distance / fitted["reach"]) + fitted["own"] ** 2 * (distance == 0)
     return near
