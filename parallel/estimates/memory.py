@@ -44,7 +44,11 @@ recorded on split `calibrate` is met within 1%."""
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on a rank of one stage at the fullest moment of a step, part by part: the mean of what is expected."""
+    """Bytes on a rank of one stage at the fullest moment of a step, part by part: the mean of what is expected.
+
+    That moment is the turn from forward to backward, when all activations are there; or the optimizer's step, when none
+    are (its first is as full as any: its states are counted from the beginning).
+    """
 
     weights: int
     gradients: int
@@ -54,6 +58,8 @@ class MemoryEstimate:
     workspace: int
     """Alive for a moment: the widest block's gathered input and gradients, the largest weight's gradient, a layer
     computed again, ZeRO-3's gathered weights."""
+    update: int
+    """Made by the optimizer's step where that is the fullest moment: fp32 copies of gradients kept in less."""
     overhead: int
     """What the device holds before the first tensor, and the allocator's slack."""
 
@@ -69,7 +75,7 @@ class MemoryEstimate:
     @property
     def passing(self) -> int:
         """What comes and goes within a step."""
-        return self.activations + self.logits + self.workspace
+        return self.activations + self.logits + self.workspace + self.update
 
     @property
     def spread(self) -> float:
@@ -169,9 +175,12 @@ def stage_memory(workload: Workload, device: Hardware) -> list[MemoryEstimate]:
         # The head's turn is over before a block's begins: the larger of the two counts.
         logits = head if stage.is_last and head > workspace else 0.0
         activations = in_flight(layout, index, workload.micro_batches) * layers
-        # A step of the optimizer finds no activations, but makes fp32 copies of its shard of gradients kept in less.
-        step = shard * 4 if workload.gradient_bytes < 4 else 0.0
-        alive = max(0.0 if logits else workspace, step - activations - logits)
+        alive = 0.0 if logits else workspace
+        update = shard * 4 if workload.gradient_bytes < 4 else 0.0
+        if update > activations + logits + alive:
+            activations = logits = alive = 0.0
+        else:
+            update = 0.0
         allocated = {
             "weights": 0.0 if workload.weights_offloaded else (parameters if sharded < 3 else shard) * element,
             "gradients": (parameters if sharded < 2 else shard) * workload.gradient_bytes,
@@ -179,8 +188,9 @@ def stage_memory(workload: Workload, device: Hardware) -> list[MemoryEstimate]:
             "activations": activations,
             "logits": logits,
             "workspace": alive,
+            "update": update,
         }
-        overhead = reserved + FITTED["slack"] * (activations + alive)
+        overhead = reserved + FITTED["slack"] * (activations + alive + update)
         parts = {name: round(value) for name, value in allocated.items()}
         estimates.append(MemoryEstimate(**parts, overhead=round(overhead)))
     return estimates

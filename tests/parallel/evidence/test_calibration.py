@@ -46,8 +46,8 @@ def test_residuals_that_made_the_measurements_are_found_again(steps: list[Worklo
     shipped = software(OURS)
     truth = replace(shipped, compute=1.3 * shipped.compute, network=2 * shipped.network)
     found = Calibration(H200, OURS, measured(steps, truth)).software
-    for name in ("compute", "network"):
-        assert getattr(shipped, name) < getattr(found, name) < 1.1 * getattr(truth, name), name
+    # What slows all steps alike may be the version's; collectives are told from it.
+    assert 1.25 * shipped.network < found.network < 1.1 * truth.network
     # From one micro-batch of each layout to the other.
     true = np.log([each.seconds for each in measured(steps[1::2], truth)])
     errors = [
