@@ -52,7 +52,13 @@ def layer_bytes(workload: Workload, moe: bool) -> LayerBytes:
         workload.sequence_length,
         (layout.tp, layout.cp, layout.etp, bool(layout.sp)),
         routed_rows(workload) if moe else None,
-        (workload.attention_kernel, workload.fused_norm, workload.activation_copies, workload.element),
+        (
+            workload.attention_kernel,
+            workload.fused_norm,
+            workload.activation_copies,
+            workload.element,
+            workload.precision == "fp8",
+        ),
         workload.recompute,
     )
 
@@ -64,18 +70,20 @@ def _layer_bytes(
     sequence: int,
     degrees: tuple[int, int, int, bool],
     routed: float | None,
-    kernels: tuple[str, bool, int, int],
+    kernels: tuple[str, bool, int, int, bool],
     recompute: frozenset[str],
 ) -> LayerBytes:
-    (tp, cp, etp, sp), (attention, fused_norm, copies, element) = degrees, kernels
+    (tp, cp, etp, sp), (attention, fused_norm, copies, element, fp8) = degrees, kernels
     tokens = micro_batch * sequence / cp
     row = element * tokens  # of one element of each token
     apart = row / tp if sp else row  # of what only sequence parallelism divides
     hidden = model.hidden
+    # Of what matrix products alone keep, their input: Transformer Engine keeps it in 8 bits where it multiplies so.
+    factor = 1 / element if fp8 else 1.0
     scores = micro_batch * model.heads / tp * sequence * sequence / cp
     parts = {
         "residual": apart * 2 * hidden,
-        "layernorm": apart * 2 * hidden,
+        "layernorm": factor * apart * 2 * hidden,
         "norm_fp32": 0.0 if fused_norm else (4 + element) / element * apart * 2 * hidden,
         **_attention(model, row, apart, tp),
         "core_attn": _scores(attention, scores, tokens, model, tp),
@@ -85,13 +93,13 @@ def _layer_bytes(
     # Of a feed-forward block's width: what the activation takes, and what it makes.
     taken, made = (2, 1 + copies) if model.gated else (1, 1)
     if routed is None:
-        parts["mlp"] = row * (taken + made) * model.ffn / tp
+        parts["mlp"] = row * (taken + made - 1 + factor) * model.ffn / tp
     else:
-        parts["shared_experts"] = row * (taken + made) * model.shared_expert_ffn / tp
+        parts["shared_experts"] = row * (taken + made - 1 + factor) * model.shared_expert_ffn / tp
         parts["router"] = 4 * 3 * model.experts * (tokens / tp if sp else tokens)
-        parts["experts"] = element * routed * (hidden + taken * model.expert_ffn / etp)
+        parts["experts"] = element * routed * (factor * hidden + taken * model.expert_ffn / etp)
         # The router's weights multiply what the activation gives: where that is a kernel of its own, it is kept too.
-        parts["moe_act"] = element * routed * (made + (copies > 0)) * model.expert_ffn / etp
+        parts["moe_act"] = element * routed * (made - 1 + factor + (copies > 0)) * model.expert_ffn / etp
     turn = scores * GRADIENT_BYTES[attention]
     whole = sum(parts.values())
     if "layer" in recompute:

@@ -21,6 +21,9 @@ from parallel.estimates.software import Software, software
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 
+SENDING_PROCESSORS = 24
+"""Streaming multiprocessors that DeepEP and HybridEP send and receive with (DeepEP's README; 16 to 32 in use)."""
+
 VARIATION = 0.015
 """Standard deviation of equal devices' speed: in five clusters 8% lay between the whiskers of its distribution, which
 are 5.4 standard deviations apart (Sinha et al., Not All GPUs Are Created Equal, SC 2022)."""
@@ -133,11 +136,16 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
     summing = summed / network.hardware.memory_bytes_per_second
     forward, backward = slowest * cost.forward, slowest * (cost.backward + summing)
     waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
+    compute, expert = forward + backward, cost.expert_forward + cost.expert_backward
+    if workload.experts_overlap:
+        # While tokens travel, the kernels that send them keep their share of the processors from computation.
+        compute += min(1.0, SENDING_PROCESSORS / network.hardware.processors) * expert
+        expert = max(0.0, expert - compute)
     return _Pass(
-        compute=forward + backward,
+        compute=compute,
         launch=waits,
         tensor=cost.tensor_forward + cost.tensor_backward,
-        expert=cost.expert_forward + cost.expert_backward,
+        expert=expert,
         context=cost.context_forward + cost.context_backward,
         pipeline=sends,
         forward=forward + cost.collectives_forward,
@@ -223,14 +231,11 @@ def _data(
 
 
 def _optimizer(workload: Workload, stage: Stage, hardware: Hardware) -> float:
-    """Adam, bound by memory: fp32 weight, moments and gradient read, the first three written; the model's weight made.
+    """Adam, bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written.
 
-    Before it, of fp32 gradients: made of 16 bits where they are kept so, unscaled with fp16, read for their norm,
-    scaled by it (Megatron-LM's and apex's optimizers, counted).
+    Before it gradients are read for their norm and scaled.
     """
     dense = stage.dense_parameters / (workload.shards if workload.zero_stage else 1)
     experts = stage.expert_parameters / (workload.expert_shards if workload.zero_stage else 1)
-    adam = 28 + 4 + workload.element
-    gradients = 4 + 8 + (6 if workload.gradient_bytes == 2 else 0) + (8 if workload.precision == "fp16" else 0)
-    bytes_each = adam * (1 - workload.optimizer_offloaded) + gradients
+    bytes_each = (28 + workload.element) * (1 - workload.optimizer_offloaded) + 3 * workload.gradient_bytes
     return (dense + experts) * bytes_each / hardware.memory_bytes_per_second

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Device:
-    """`bf16_flops` is the dense peak (of fp16 where there is no bf16); `profile` the shipped one that describes it."""
+    """`bf16_flops` is the dense peak (of fp16 where there is no bf16); `profile` the one that describes it."""
 
     memory_bytes: float
     bf16_flops: float
@@ -30,9 +30,9 @@ _DEVICES: dict[str, Device] = {
     "h200": Device(141e9, 989.5e12, "h200"),
     "h200 nvl": Device(141e9, 835e12),
     "b200": Device(192e9, 2250e12, "b200"),
-    "b300": Device(288e9, 2250e12),
+    "b300": Device(288e9, 2250e12, "b300"),
     "gb200": Device(192e9, 2500e12, "gb200_nvl72"),
-    "gb300": Device(288e9, 2500e12),
+    "gb300": Device(288e9, 2500e12, "gb300_nvl72"),
     "a40": Device(48e9, 150e12),
     "a6000": Device(48e9, 155e12),
     "a10": Device(24e9, 125e12),

@@ -181,6 +181,8 @@ def hardware(name: str, devices_per_node: int) -> Hardware:
         if device is None:
             rule = f"unknown hardware; known: {', '.join(profile_names())}, or the path of a .json file"
             raise InputError("cluster.hardware", name, rule, closest(name, profile_names()))
+        if device.profile in profile_names():  # by its driver's name, say
+            return hardware(device.profile, devices_per_node)
         found = replace(nearest(device.memory_bytes, device.bf16_flops), stands_for=name)
     return found if found.memory_bytes else _share_of_this_machine(found, devices_per_node)
 

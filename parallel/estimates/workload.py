@@ -15,7 +15,7 @@ from parallel.estimates.software import OURS
 from parallel.layout import Layout
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
-"""Of matrix products. With fp8, weights and activations that are kept are bf16."""
+"""Of matrix products. With fp8, weights are kept in bf16, and activations but those that products alone keep."""
 
 Load = Literal["balanced", "natural", "p99"]
 """How unevenly tokens are routed: forced even; as trained with a balancing loss; as in one step of a hundred."""
@@ -56,6 +56,9 @@ class Workload:
     """What runs it, as calibrations name it; one that is not known gets arithmetic without residuals."""
     context_attention: Literal["gather", "ring", "ulysses"] = "gather"
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    experts_overlap: bool = False
+    """All-to-alls of a micro-batch travel beside another's computation (Megatron-Core's 1F1B overlap; DeepSeek-V3,
+    arXiv 2412.19437, section 3.2.1)."""
     load: Load = "natural"
     """Of experts; with a capacity factor, what is dropped or padded follows from model.capacity_factor."""
 

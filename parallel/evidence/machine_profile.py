@@ -8,13 +8,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from parallel.estimates.devices import known
-from parallel.estimates.hardware import WANTED, Hardware, Link, hardware, nearest, read_profile, shipped_text
+from parallel.estimates.hardware import (
+    WANTED,
+    Hardware,
+    Link,
+    hardware,
+    nearest,
+    profile_names,
+    read_profile,
+    shipped_text,
+)
 from parallel.evidence.machine import COLLECTIVES, Measured, Sample, measured_fields
 
 _HOW = {
     "memory_bytes": "what torch reports",
     "processors": "what torch reports",
-    "reserved_bytes": "what tensors do not hold, with a communicator of {devices} devices for each axis",
+    "reserved_bytes": "what tensors do not hold, with five communicators of {devices} devices",
     "memory_bytes_per_second": "a kernel that reads and writes",
     "bf16_flops": "products of several shapes",
     "fp32_flops": "products of several shapes",
@@ -74,7 +83,7 @@ def shipped_for(machine: Machine) -> tuple[Hardware, bool]:
     if machine.kind == "cpu":
         return read_profile(shipped_text("laptop_cpu"), "laptop_cpu"), True
     device = known(machine.device)
-    if device is not None and device.profile is not None:
+    if device is not None and device.profile in profile_names():
         return hardware(device.profile, machine.count), True
     return nearest(machine.memory_bytes, device.bf16_flops if device else None), False
 
@@ -117,7 +126,7 @@ def _facts(machine: Machine) -> dict[str, tuple[Any, str]]:
 
 def _why(name: str, machine: Machine, measured: Measured) -> str:
     reasons = [f"{part}: {why}" for part, why in measured.failed.items() if name in _PARTS.get(part, ())]
-    if name in _JOINT and machine.count == 1:
+    if name in (*_JOINT, "reserved_bytes") and machine.count == 1:
         reasons.append("one device")
     return f" ({'; '.join(reasons)})" if reasons else ""
 

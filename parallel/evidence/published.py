@@ -40,6 +40,8 @@ PROFILES = {
     "H200": "h200",
     "B200-180GB": "b200",
     "GB200 (NVL72)": "gb200_nvl72",
+    "B300": "b300",
+    "GB300 (NVL72)": "gb300_nvl72",
 }
 """Of devices, as the file calls them."""
 
@@ -63,6 +65,10 @@ MULTI_LATENT = {
 """Of multi-latent attention, by the beginning of a model's name: arXiv 2405.04434, 2412.19437, 2507.20534, 2502.16982
 with their config.json; SimuMax's DeepSeek-V3 of 4 layers has one dense layer, by its published memory."""
 
+
+FLEXIBLE = {"deepseek-v3": "", "kimi-k2": "", "qwen3-235b": "GB"}
+"""Models whose recipes in Megatron-Bridge dispatch by DeepEP or HybridEP (scripts/performance/configs at 0426418), by
+the beginning of their name, and of the devices that they do so on."""
 
 LOSSES: dict[str, Loss] = {
     # Its head gathers logits over tensor-parallel ranks, and its loss casts them to fp32 for torch's cross_entropy
@@ -127,7 +133,8 @@ class Row:
             activation_copies=COPIES.get(self.software, 0),
             loss=LOSSES.get(self.software, "parallel"),
             software=self.software,
-            dispatcher="flex" if self.cells["dispatcher"].startswith(("DeepEP", "HybridEP")) else "alltoall",
+            dispatcher="flex" if self._flexible else "alltoall",
+            experts_overlap=bool(re.search(r"overlap on|overlap_1f1b=True", self.cells.get("notes", ""))),
             load=self._load(),
             # Megatron-DeepSpeed without ZeRO keeps the whole state on every rank; NVIDIA's recipes shard it.
             zero_stage=int(stage[1])
@@ -214,7 +221,8 @@ class Row:
             raise UnpricedError(
                 f"recompute={self.cells['recompute']}: every other layer, or operations by torch's choice"
             )
-        return frozenset(text.replace(" ", "").split(","))
+        modules = text.replace(" ", "").split(",")
+        return frozenset("mla_up_proj" if module == "up_proj" else module for module in modules)
 
     def _model(self) -> ModelArchitecture:
         cells, arch = self.cells, self.cells["arch"]
@@ -275,8 +283,20 @@ class Row:
             return "fp8"
         return "fp16" if "fp16" in text and "bf16" not in text else "bf16"
 
+    @property
+    def _flexible(self) -> bool:
+        """Tokens go once to a node: as the row says, or its recipe."""
+        if text := self.cells["dispatcher"]:
+            return text.startswith(("DeepEP", "HybridEP"))
+        model, device = self.cells["model"], self.cells["gpu_type"]
+        recipes = (where for name, where in FLEXIBLE.items() if model.startswith(name))
+        return "Bridge" in self.software and any(device.startswith(where) for where in recipes)
+
     def _load(self) -> Load:
-        return "balanced" if "force" in self.cells["routing"] or "drop" in self.cells["routing"] else "natural"
+        """As said; where nothing is, Megatron-Bridge's benchmarks force a balance."""
+        routing = self.cells["routing"]
+        forced = "force" in routing or "drop" in routing or (not routing and "Bridge" in self.software)
+        return "balanced" if forced else "natural"
 
     def _offloaded(self) -> float:
         """Share of the optimizer that is the host's."""

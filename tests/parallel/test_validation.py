@@ -67,9 +67,9 @@ def test_what_cannot_be_priced_carries_its_reason(tmp_path: Path) -> None:
 
 
 def test_a_device_without_a_profile_is_priced_as_the_nearest_and_that_is_said() -> None:
-    near, own = (validation.predict(row(gpu_type=name)) for name in ("GB300 (NVL72)", "GB200 (NVL72)"))
+    near, own = (validation.predict(row(gpu_type=name)) for name in ("H100 NVL", "H100-80GB-SXM"))
     assert near.step_seconds == own.step_seconds
-    assert near.reason.startswith("GB300 (NVL72) HAS NO PROFILE: planned as if it were gb200_nvl72")
+    assert near.reason.startswith("H100 NVL HAS NO PROFILE: planned as if it were h100")
     assert own.reason == ""
 
 

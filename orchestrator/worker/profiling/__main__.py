@@ -35,7 +35,7 @@ def main() -> None:
     facts: dict[str, Any] = ranks.run(1, machine.facts, kind, seconds=IMPORT_SECONDS)[0]
     tell(machine={**facts, "kind": kind, "devices": world})
     free = facts["free_bytes"] // (1 if kind == "cuda" else world)
-    part = _Parts(ranks, time.monotonic() + seconds + 2 * START_SECONDS)
+    part = Parts(ranks, time.monotonic() + seconds + 2 * START_SECONDS)
     part.run("device", 1, kernels.measure, kind, free, seconds * DEVICE_SHARE)
     part.run("host", world, links.host, kind, free, seconds * HOST_SHARE)
     each = seconds * (1 - DEVICE_SHARE - HOST_SHARE) / len(COLLECTIVES)
@@ -43,7 +43,7 @@ def main() -> None:
         part.run(name, world, links.collective, kind, name, free, each)
 
 
-class _Parts:
+class Parts:
     """Runs one part after another until `deadline`; what fails is told."""
 
     def __init__(self, ranks: Ranks, deadline: float) -> None:

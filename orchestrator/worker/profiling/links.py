@@ -18,8 +18,10 @@ TOTAL_BYTES = {
     "cpu": (2**12, 2**18, 2**22),
 }
 """That each rank holds before an all-reduce or an all-to-all, or after an all-gather."""
+COMMUNICATORS = 5
+"""That a rank holds when its reserve is measured: of tp, cp, dp, pp and ep; see parallel.estimates.memory."""
 COPIED_BYTES = (2**16, 2**20, 2**24, 2**28)
-_ADAM_PARAMETERS = {"cuda": 2**25, "cpu": 2**23}
+_ADAM_PARAMETERS = {"cuda": 2**25, "cpu": 2**22}
 
 
 def group_sizes(world: int) -> tuple[int, ...]:
@@ -48,8 +50,8 @@ def collective(rank: int, kind: str, name: str, free_bytes: int, seconds: float)
 def host(rank: int, kind: str, free_bytes: int, seconds: float) -> None:
     """Copies to and from pinned memory of the host, and Adam there: of every device at once, for they share the host.
 
-    On a GPU also what a rank holds that is not a tensor's. Torch's fused Adam reads weight, gradient and two moments
-    and writes all but the gradient: 28 bytes a parameter.
+    Of several GPUs also what a rank holds that is not a tensor's. Torch's fused Adam reads weight, gradient and two
+    moments and writes all but the gradient: 28 bytes a parameter.
     """
     world, device = dist.get_world_size(), _device(kind, rank)
     if rank == 0:
@@ -70,10 +72,11 @@ def host(rank: int, kind: str, free_bytes: int, seconds: float) -> None:
             taken = _together(_copy(to, source), device, seconds / 4 / len(COPIED_BYTES))
             if rank == 0:
                 sample(name, taken, bytes=size)
-    # Beside the one of all ranks a communicator for each axis over which so many devices can be divided, and one for
-    # the experts'; and the workspace of products.
+    if world == 1:
+        return
+    # Communicators, one an axis of a layout, and the workspace of products.
     weight = torch.ones(1024, 1024, device=device, dtype=torch.bfloat16)
-    for _ in range(world.bit_length()):
+    for _ in range(COMMUNICATORS):
         dist.all_reduce(weight @ weight, group=dist.new_group(list(range(world))))
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()

@@ -13,7 +13,7 @@ from parallel.estimates import layers
 from parallel.estimates.costs import VARIATION, TimeEstimate, estimate_time
 from parallel.estimates.hardware import hardware
 from parallel.estimates.network import Network
-from parallel.estimates.software import OURS, Software, software
+from parallel.estimates.software import Software
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 
@@ -41,9 +41,8 @@ def test_two_mixtral_layers_on_an_h200(make_job: Any) -> None:
     Fused kernels, which are what is priced, are quicker.
     """
     job = make_job("mixtral_8x7b", "h200_x8", model_changes={"layers": 2}, global_batch=2)
-    ours = replace(software(OURS), gradients_fused=True)
-    time = estimate_time(Workload.of(job, Layout(), 2), hardware("h200", 8), ours)
-    mfu = job.model.flops_per_token(4096) * 2 * 4096 / (time.total - time.optimizer - time.fixed) / 989.5e12
+    time = estimate_time(Workload.of(job, Layout(), 2), hardware("h200", 8), Software())
+    mfu = job.model.flops_per_token(4096) * 2 * 4096 / (time.total - time.optimizer) / 989.5e12
     assert 0.504 < mfu < 1.35 * 0.504
 
 
@@ -101,7 +100,8 @@ def test_work_shrinks_with_the_ranks_that_share_it(make_job: Any) -> None:
 
 def test_the_slowest_of_many_devices_makes_the_rest_wait(make_job: Any) -> None:
     def compute(devices: int) -> float:
-        return estimate(make_job, {"dp": devices}, model="llama3_8b", cluster="h100_x8", global_batch=devices).compute
+        job = make_job("llama3_8b", "h100_x8", global_batch=devices)
+        return estimate_time(Workload.of(job, Layout(dp=devices), 1), hardware("h100", 8), Software()).compute
 
     # 2.4 and 3.0 standard deviations above the mean: the expected maximum of 64 and of 512 (Tippett 1925).
     assert compute(64) / compute(1) - 1 == pytest.approx(2.38 * VARIATION, rel=0.02)
@@ -154,6 +154,15 @@ def test_a_laptop_shares_its_memory_and_cores_among_its_ranks() -> None:
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(InputError, match=r"^cluster.hardware=h10: unknown hardware; known: .*; nearest valid: h100$"):
         hardware("h10", 8)
+
+
+def test_all_to_alls_beside_another_micro_batch_take_processors_from_it(make_job: Any) -> None:
+    job = make_job("mixtral_8x7b", "h100_x8", global_batch=8)
+    step, device = Workload.of(job, Layout(dp=8, ep=8), 1), hardware("h100", 8)
+    alone, beside = (estimate_time(replace(step, experts_overlap=overlap), device) for overlap in (False, True))
+    assert beside.expert == 0 < alone.expert
+    assert beside.compute == pytest.approx(alone.compute + alone.expert * 24 / 132)
+    assert beside.total < alone.total
 
 
 def test_gradients_that_a_kernel_adds_to_their_sum(make_job: Any) -> None:

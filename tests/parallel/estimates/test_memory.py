@@ -275,6 +275,13 @@ def test_two_matrices_keep_less_than_three(make_job: Any) -> None:
     assert gated - plain == 3 * 32 * 2 * 4096 * 14336
 
 
+def test_products_in_8_bits_keep_their_inputs_so(make_job: Any) -> None:
+    step = replace(Workload.of(make_job("llama3_8b", "h100_x8"), Layout(), 1), activation_copies=0)
+    bf16, fp8 = (estimate(replace(step, precision=given), hardware("h100", 8)).activations for given in ("bf16", "fp8"))
+    # Two norms' outputs, and what the activation gives.
+    assert bf16 - fp8 == 32 * 4096 * (2 * 4096 + 14336)
+
+
 def test_without_sequence_parallelism_norms_are_whole_on_each_rank(make_job: Any) -> None:
     job = make_job("llama3_8b", "h100_x8")
     alone, shared = (estimate_memory(job, Layout(tp=2, sp=sp), 1).activations for sp in (False, True))

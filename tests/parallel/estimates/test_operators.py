@@ -110,7 +110,7 @@ def test_every_number_of_a_profile_has_its_source(name: str) -> None:
 
 
 def test_the_devices_that_are_shipped() -> None:
-    devices = "a100_40gb a100_80gb ascend_910b b200 gb200_nvl72 h100 h200 laptop_cpu v100"
+    devices = "a100_40gb a100_80gb ascend_910b b200 b300 gb200_nvl72 gb300_nvl72 h100 h200 laptop_cpu v100"
     assert profile_names() == tuple(devices.split())
 
 

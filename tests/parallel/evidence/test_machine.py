@@ -149,15 +149,18 @@ def test_one_device_tells_nothing_of_links() -> None:
         ("NVIDIA H100 80GB HBM3", 85e9, "h100", True),
         ("Tesla V100-SXM2-32GB", 34e9, "v100", True),
         ("NVIDIA GB200", 198e9, "gb200_nvl72", True),
+        ("NVIDIA GB300", 288e9, "gb300_nvl72", True),
         ("Ascend910B3", 65e9, "ascend_910b", True),
         ("NVIDIA H100 NVL", 100e9, "h100", False),
         ("NVIDIA L40S", 48e9, "a100_40gb", False),
-        ("NVIDIA H300", 300e9, "gb200_nvl72", False),  # nothing is known of it but its memory
+        ("NVIDIA X1", 35e9, "v100", False),  # nothing is known of it but its memory
     ],
 )
 def test_a_device_by_its_drivers_name(name: str, memory: float, profile: str, same: bool) -> None:
     found, known = shipped_for(Machine(name, "cuda", 8, "2.11.0", "580.1", int(memory)))
     assert (found.name, known) == (profile, same)
+    if same:
+        assert hardware(name, 8) is hardware(profile, 8)
 
 
 def test_a_device_that_no_profile_is_of_has_only_peaks_that_are_known() -> None:

@@ -84,3 +84,22 @@ def test_a_file_is_read_or_all_its_missing_columns_are_named(tmp_path: Path) -> 
     assert "framework" in str(caught.value)
     with pytest.raises(InputError, match="cannot be read"):
         list(read(tmp_path / "nowhere.csv"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "dispatcher"),
+    [
+        ({"dispatcher": "HybridEP"}, "flex"),
+        ({"dispatcher": "alltoall (token)"}, "alltoall"),
+        ({"model": "qwen3-235b-a22b", "gpu_type": "GB200 (NVL72)", "framework": "Megatron-Bridge"}, "flex"),
+        ({"model": "qwen3-235b-a22b", "gpu_type": "H100-80GB-SXM", "framework": "Megatron-Bridge"}, "alltoall"),
+    ],
+)
+def test_the_dispatcher_is_what_the_row_or_its_recipe_says(changes: dict[str, str], dispatcher: str) -> None:
+    assert row(MIXTRAL | changes).workload(1).dispatcher == dispatcher
+
+
+def test_where_a_benchmark_says_nothing_of_routing_it_is_forced() -> None:
+    bridge = row(MIXTRAL | {"routing": "", "framework": "Megatron-Core / Megatron-Bridge", "notes": "overlap on"})
+    assert (bridge.workload(1).load, bridge.workload(1).experts_overlap) == ("balanced", True)
+    assert row(MIXTRAL | {"routing": ""}).workload(1).load == "natural"
