@@ -130,11 +130,12 @@ def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours
             activation /= layout.tp  # scattered over the group and gathered again behind the stage boundary
         sends = 2 * network.send(activation, layout.tp * layout.cp * layout.dp) * _sends_waited_for(workload, ours)
     host = network.hardware.launch_seconds * ours.launch * cost.kernels
-    forward, backward = slowest * cost.forward, slowest * cost.backward
+    summed = 0.0
+    if not ours.gradients_fused:  # read where the product wrote them, and added to their sum
+        summed = (stage.dense_parameters + stage.expert_parameters) * (workload.element + 8)
+    summing = summed / network.hardware.memory_bytes_per_second
+    forward, backward = slowest * cost.forward, slowest * (cost.backward + summing)
     waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
-    if not ours.gradients_fused:  # read where the product wrote it, and added to the sum
-        accumulated = (stage.dense_parameters + stage.expert_parameters) * (workload.element + 8)
-        backward += accumulated / network.hardware.memory_bytes_per_second
     compute, expert = forward + backward, cost.expert_forward + cost.expert_backward
     if workload.experts_overlap:
         # While tokens travel, the kernels that send them keep their share of the processors from computation.

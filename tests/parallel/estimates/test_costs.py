@@ -37,7 +37,8 @@ def test_all_to_all_as_measured(group: int, measured_us: float) -> None:
 def test_two_mixtral_layers_on_an_h200(make_job: Any) -> None:
     """50.4% of the peak was measured: forward and backward of two layers and the head, sequence 4096, batch 2.
 
-    That was torch's own kernels, one expert after another. Fused kernels, which are what is priced, are quicker.
+    That was torch's own kernels, one expert after another, and one micro-batch, whose gradients are added to nothing.
+    Fused kernels, which are what is priced, are quicker.
     """
     job = make_job("mixtral_8x7b", "h200_x8", model_changes={"layers": 2}, global_batch=2)
     time = estimate_time(Workload.of(job, Layout(), 2), hardware("h200", 8), Software())
@@ -171,5 +172,5 @@ def test_gradients_that_a_kernel_adds_to_their_sum(make_job: Any) -> None:
     fused, added = (estimate_time(step, device, Software(gradients_fused=each)) for each in (True, False))
     parameters = step.model.parameters / 8
     expected = step.micro_batches * 10 * parameters / device.memory_bytes_per_second
-    assert added.compute - fused.compute == pytest.approx(expected, rel=0.01)
-    assert added.total - fused.total == pytest.approx(expected, rel=0.01)
+    assert added.compute - fused.compute == pytest.approx(expected, rel=0.03)  # the slowest of 8 is 2% slower
+    assert added.total - fused.total == pytest.approx(expected, rel=0.03)

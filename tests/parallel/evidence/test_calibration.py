@@ -44,13 +44,10 @@ def measured(steps: list[Workload], truth: Software) -> list[Observation]:
 
 def test_residuals_that_made_the_measurements_are_found_again(steps: list[Workload]) -> None:
     shipped = software(OURS)
-    truth = replace(shipped, compute=1.3 * shipped.compute, memory=1.4 * shipped.memory, network=1.5 * shipped.network)
+    truth = replace(shipped, compute=1.3 * shipped.compute, network=2 * shipped.network)
     found = Calibration(H200, OURS, measured(steps, truth)).software
-    for name in ("compute", "memory", "network"):
-        assert getattr(shipped, name) < getattr(found, name), name
-    # Products and kernels that move memory slow the same layers down: the two are told apart by their sum.
-    for name in ("compute", "network"):
-        assert getattr(found, name) < 1.1 * getattr(truth, name), name
+    # What slows all steps alike may be the version's; collectives are told from it.
+    assert 1.25 * shipped.network < found.network < 1.1 * truth.network
     # From one micro-batch of each layout to the other.
     true = np.log([each.seconds for each in measured(steps[1::2], truth)])
     errors = [
