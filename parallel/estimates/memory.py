@@ -127,48 +127,61 @@ def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
 
 def estimate_memory(workload: Workload, device: Hardware) -> MemoryEstimate:
     """Bytes on a rank of the pipeline stage that holds most."""
-    return max(stage_memory(workload, device), key=lambda estimate: estimate.total)
+    # Of equal stages the first has most micro-batches in flight.
+    parts = _parts(workload, device, _unequal(workload.model, workload.layout))
+    return MemoryEstimate(*max(parts, key=sum))
 
 
 def stage_memory(workload: Workload, device: Hardware) -> list[MemoryEstimate]:
     """Bytes on a rank of each pipeline stage, first to last."""
+    every = tuple(enumerate(stages(workload.model, workload.layout)))
+    return [MemoryEstimate(*parts) for parts in _parts(workload, device, every)]
+
+
+@lru_cache(maxsize=1 << 16)
+def _unequal(model: ModelArchitecture, layout: Layout) -> tuple[tuple[int, Stage], ...]:
+    """The first of each kind of stage, with its number."""
+    found: dict[Stage, int] = {}
+    for index, stage in enumerate(stages(model, layout)):
+        found.setdefault(stage, index)
+    return tuple((index, stage) for stage, index in found.items())
+
+
+def _parts(workload: Workload, device: Hardware, asked: tuple[tuple[int, Stage], ...]) -> list[tuple[int, ...]]:
+    """Fields of MemoryEstimate for some of the stages, each with its number."""
     model, layout, element = workload.model, workload.layout, workload.element
     dense = layer_bytes(workload, moe=False) if model.dense_layers else None
     moe = layer_bytes(workload, moe=True) if model.moe_layers else None
-    kept_dense, kept_moe = (each.kept if each else 0.0 for each in (dense, moe))
-    workspace = _workspace(workload) + max(each.again for each in (dense, moe) if each)
+    kept_dense, kept_moe = dense.kept if dense else 0.0, moe.kept if moe else 0.0
+    workspace = _workspace(workload) + max(dense.again if dense else 0.0, moe.again if moe else 0.0)
     logit_bytes = LOGIT_ELEMENTS * element / layout.tp if workload.parallel_loss else FITTED["whole_logit_bytes"]
     head = max(
         workload.tokens * model.vocab * logit_bytes,
         model.embedding_parameters / layout.tp * HEAD_GRADIENT_ELEMENTS * element,
     )
     # Mixed precision keeps an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
-    optimizer_bytes = 8 if workload.precision == "fp32" else 12
-    estimates = []
-    for index, stage in enumerate(stages(model, layout)):
+    optimizer_bytes = (8 if workload.precision == "fp32" else 12) * (1 - workload.optimizer_offloaded)
+    sharded, shards, expert_shards = workload.zero_stage, workload.shards, workload.expert_shards
+    micro_batches, gradient_bytes = workload.micro_batches, workload.gradient_bytes
+    weight_bytes = 0.0 if workload.weights_offloaded else element
+    found = []
+    for index, stage in asked:
         parameters = stage.dense_parameters + stage.expert_parameters
-        shard = stage.dense_parameters / workload.shards + stage.expert_parameters / workload.expert_shards
-        sharded = workload.zero_stage
-        optimizer = (shard if sharded >= 1 else parameters) * (1 - workload.optimizer_offloaded)
+        shard = stage.dense_parameters / shards + stage.expert_parameters / expert_shards
         layers = stage.dense_layers * kept_dense + stage.moe_layers * kept_moe
         # The head's turn is over before a block's begins: the larger of the two counts.
         logits = head if stage.is_last and head > workspace else 0.0
-        activations = in_flight(layout, index, workload.micro_batches) * layers
+        activations = in_flight(layout, index, micro_batches) * layers
         # A step of the optimizer finds no activations, but makes fp32 copies of its shard of gradients kept in less.
-        step = shard * 4 if workload.gradient_bytes < 4 else 0.0
+        step = shard * 4 if gradient_bytes < 4 else 0.0
+        weights = (parameters if sharded < 3 else shard) * weight_bytes
+        gradients = (parameters if sharded < 2 else shard) * gradient_bytes
+        optimizer = (shard if sharded >= 1 else parameters) * optimizer_bytes
         alive = max(0.0 if logits else workspace, step - activations - logits)
-        allocated = {
-            "weights": 0.0 if workload.weights_offloaded else (parameters if sharded < 3 else shard) * element,
-            "gradients": (parameters if sharded < 2 else shard) * workload.gradient_bytes,
-            "optimizer": optimizer * optimizer_bytes,
-            "activations": activations,
-            "logits": logits,
-            "workspace": alive,
-        }
-        overhead = device.reserved_bytes + FITTED["slack"] * sum(allocated.values())
-        parts = {name: round(value) for name, value in allocated.items()}
-        estimates.append(MemoryEstimate(**parts, overhead=round(overhead)))
-    return estimates
+        allocated = weights, gradients, optimizer, activations, logits, alive
+        overhead = device.reserved_bytes + FITTED["slack"] * sum(allocated)
+        found.append((*map(round, allocated), round(overhead)))
+    return found
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
