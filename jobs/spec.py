@@ -160,7 +160,7 @@ class TrainSpec(Spec):
 
 
 class CheckpointSpec(Spec):
-    interval: int = Field(ge=1, description="steps between checkpoints; the last step always writes one")
+    interval: int = Field(ge=0, description="steps between checkpoints, and one after the last step; 0: none")
     keep: int = Field(3, ge=1, description="newest checkpoints kept")
 
 

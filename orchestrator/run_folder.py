@@ -189,14 +189,14 @@ def import_filesystem(place: str) -> None:
 def runs(root: str) -> list[RunFolder]:
     """Runs under a run root, the newest first."""
     folder = RunFolder(root)
-    with _readable(root):
+    with readable(root):
         found = [RunFolder(f"{folder.place}/{name}") for name in folder.names("") if RUN_ID.fullmatch(name)]
         known = [(run.read_json("status.json") or {}, run) for run in found if run.exists()]
     return [run for _, run in sorted(known, key=lambda pair: pair[0].get("created_at", 0.0), reverse=True)]
 
 
 @contextlib.contextmanager
-def _readable(place: str) -> Iterator[None]:
+def readable(place: str) -> Iterator[None]:
     """Say so where a folder may not be read, or an object store does not answer."""
     try:
         yield
@@ -218,7 +218,7 @@ def find_run(root: str, run: str) -> RunFolder:
     if not by_place and not RUN_ID.fullmatch(run):
         raise InputError("run", run, "is not a run id (lower-case letters, digits, '-' and '_'), nor a folder")
     folder = RunFolder(run if by_place else f"{root.rstrip('/')}/{run}")
-    with _readable(folder.place):
+    with readable(folder.place):
         found = folder.exists()
     if not found:
         others = [] if by_place else [other.run_id for other in runs(root)]

@@ -103,7 +103,7 @@ def predict(row: Row) -> Prediction:
     flops = row.flops_per_token(step) * step.global_batch * step.sequence_length
     tflops = flops / seconds / step.layout.world / 1e12
     p_out = memory.p_out_of_memory(device.memory_bytes)
-    return Prediction(row, seconds, tflops, memory, p_out, reason=device.notice)
+    return Prediction(row, seconds, tflops, memory, p_out, device.notice)
 
 
 def candidates(row: Row) -> list[Workload]:

@@ -34,13 +34,15 @@ class Cluster:
         self.nodes: list[str] = []
 
     def connect(self) -> None:
-        """Start Ray on this machine, or join the cluster that this process is a job of.
+        """Start Ray on this machine, or join the cluster that this process is a job of; a second run finds it there.
 
         Ray sets signal handlers of its own; those that stand are put back.
         """
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, without its notice on stderr
         import ray
 
+        if ray.is_initialized():
+            return
         spec = self._job.cluster
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         if self._where == "cluster":

@@ -120,14 +120,17 @@ class Display:
         console.print(text, style=style, markup=False, soft_wrap=True)
 
 
-def print_table(title: str | None, columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> None:
+def print_table(
+    title: str | None, columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]], file: IO[str] | None = None
+) -> None:
     """A plain table; columns are (heading, whether it holds numbers)."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for heading, numeric in columns:
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, soft_wrap=False, width=None if Console().is_terminal else 160).print(table)
+    width = None if Console(file=file).is_terminal else 160
+    Console(file=file, highlight=False, soft_wrap=False, width=width).print(table)
 
 
 def bytes_text(size: float) -> str:

@@ -14,11 +14,13 @@ from parallel.planning.shapes import Shape
 from parallel.planning.what_if import numbers
 
 
-def planning(job: JobSpec, found: Planning, top: int, budget: Budget | None) -> None:
-    """The fastest layouts, then why the others were left out."""
+def planning(job: JobSpec, found: Planning, top: int, budget: Budget | None, measured: int) -> None:
+    """The fastest layouts, by how many measured ones, then why the others were left out."""
     plans = found.plans
     print(_heading(job))
     print(f"{found.considered} candidates, {len(plans)} fit; the first is what `run` and `submit` take")
+    if measured:
+        print(f"calibrated by {measured} layouts that were run on such devices")
     print()
     rows = [
         [
@@ -27,13 +29,14 @@ def planning(job: JobSpec, found: Planning, top: int, budget: Budget | None) -> 
             str(plan.micro_batch),
             str(plan.micro_batches),
             f"{plan.time.total * 1e3:,.0f} ms",
+            f"{plan.interval[0] * 1e3:,.0f} .. {plan.interval[1] * 1e3:,.0f}",
             *_speed(plan),
             bytes_text(plan.memory.total),
             *_spent(plan, job, budget),
         ]
         for place, plan in enumerate(plans[:top], 1)
     ]
-    names = ("micro-batch", "count", "step", "tokens/s", "MFU", "memory", *_spent_headings(budget))
+    names = ("micro-batch", "count", "step", "nine of ten", "tokens/s", "MFU", "memory", *_spent_headings(budget))
     print_table(None, [("", True), ("layout", False), *((name, True) for name in names)], rows)
     if found.rejections:
         print()

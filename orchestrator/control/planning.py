@@ -12,7 +12,8 @@ from typing import Any
 from jobs import compose
 from jobs.errors import InputError, closest
 from jobs.spec import JobSpec
-from orchestrator.control import picture, plan_tables, session
+from orchestrator.control import calibrated, picture, plan_tables, session
+from orchestrator.control.measured import Store
 from parallel.estimates.hardware import Hardware
 from parallel.planning import planner
 from parallel.planning.budget import Budget
@@ -39,8 +40,11 @@ class Questions:
     picture: str | None = None
 
 
-def answer(name: str, overrides: Sequence[str], asked: Questions) -> dict[str, Any]:
-    """Plan a job and tell it. InputError for whatever is asked wrongly, before anything is printed or written."""
+def answer(name: str, overrides: Sequence[str], asked: Questions, root: str) -> dict[str, Any]:
+    """Plan a job and tell it, by what was measured under the run root where the job's own hardware is asked about.
+
+    InputError for whatever is asked wrongly, before anything is printed or written.
+    """
     job = compose.compose(name, overrides)
     budget = Budget.of(asked.tokens, asked.price)
     _check(job, asked)
@@ -53,18 +57,20 @@ def answer(name: str, overrides: Sequence[str], asked: Questions) -> dict[str, A
         if not asked.quiet:
             plan_tables.shapes(job, shapes, asked.top, budget)
         return document | {"shapes": [shape.as_dict() for shape in shapes]}
-    planning = planner.plan_job(job, device)
+    store = None if asked.what_if else Store(root, job)
+    planning = planner.plan_job(job, device) if store is None else calibrated.plan(job, store)
     session.with_weights(job, here=False)
     best = planning.plans[0]
+    document["measured"] = len(store.rows) if store else 0
     document |= _ranked(job, planning, asked.top, budget)
     if asked.format is not None:
         return document | {asked.format: _FORMATS[asked.format](planner.resolve(job, best), quiet=asked.quiet)}
     if not asked.quiet:
-        plan_tables.planning(job, planning, asked.top, budget)
+        plan_tables.planning(job, planning, asked.top, budget, document["measured"])
     if asked.what_if:
         document["what_if"] = _what_if(job, best, own, device, asked)
     if asked.explain:
-        explanation = explain(job, best, device)
+        explanation = explain(job, best, device, calibrated.residuals(job, store) if store else None)
         document["explanation"] = explanation.as_dict()
         if not asked.quiet:
             plan_tables.explanation(best, explanation)

@@ -76,7 +76,7 @@ def _told(seconds: float, *, quiet: bool) -> Iterator[dict[str, Any]]:
 
 def _show(machine: Machine, measured: Measured, here: Hardware) -> None:
     shipped, same = shipped_for(machine)
-    print(f"machine  {machine.count} x {machine.described}")
+    print(f"machine  {machine.described}; {machine.count} {'GPUs' if machine.kind == 'cuda' else 'ranks'}")
     if not same:
         print(f"         has no shipped profile; what was not measured is {shipped.name}'s, the nearest")
     for part, why in measured.failed.items():

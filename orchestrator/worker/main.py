@@ -149,7 +149,8 @@ class _Rank:
             print(f"step {step}  loss {result.loss:.6f}  grad norm {result.grad_norm:.6f}  {report.step_seconds:.3f} s")
             unsaved.append(report)
             stop = self._agreed_to_stop()
-            if last or stop or step % job.checkpoint.interval == 0:
+            every = job.checkpoint.interval
+            if every and (last or stop or step % every == 0):
                 checkpoints.save(engine, step, unsaved)
                 unsaved.clear()
             if stop and not last:

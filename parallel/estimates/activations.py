@@ -14,10 +14,17 @@ from jobs.architecture import ModelArchitecture
 from parallel.estimates.layers import LOADS
 from parallel.estimates.workload import Workload
 
+GRADIENT_BYTES = {"flash": 0.0, "flash1": 0.0, "fused_softmax": 2.0, "unfused": 10.0}
+"""Of a score whose gradient is made: a fused softmax's backward writes where its input lies; torch's takes the gradient
+of the probabilities in 16 bits and in fp32, and gives that of the scores in fp32."""
+
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Of one layer of a kind: `kept` until backward, and `again`, what is alive while backward computes it again."""
+    """Of one layer of a kind: `kept` until backward, and `again`, what is alive while backward computes it again.
+
+    With the latter, gradients of written scores.
+    """
 
     kept: float
     again: float = 0.0
@@ -45,7 +52,7 @@ def layer_bytes(workload: Workload, moe: bool) -> LayerBytes:
         workload.sequence_length,
         (layout.tp, layout.cp, layout.etp, bool(layout.sp)),
         routed_rows(workload) if moe else None,
-        (workload.attention_kernel, workload.fused_norm, workload.fused_activation, workload.element),
+        (workload.attention_kernel, workload.fused_norm, workload.activation_copies, workload.element),
         workload.recompute,
     )
 
@@ -57,40 +64,43 @@ def _layer_bytes(
     sequence: int,
     degrees: tuple[int, int, int, bool],
     routed: float | None,
-    kernels: tuple[str, bool, bool, int],
+    kernels: tuple[str, bool, int, int],
     recompute: frozenset[str],
 ) -> LayerBytes:
-    (tp, cp, etp, sp), (attention, fused_norm, fused_activation, element) = degrees, kernels
+    (tp, cp, etp, sp), (attention, fused_norm, copies, element) = degrees, kernels
     tokens = micro_batch * sequence / cp
     row = element * tokens  # of one element of each token
     apart = row / tp if sp else row  # of what only sequence parallelism divides
     hidden = model.hidden
+    scores = micro_batch * model.heads / tp * sequence * sequence / cp
     parts = {
         "residual": apart * 2 * hidden,
         "layernorm": apart * 2 * hidden,
         "norm_fp32": 0.0 if fused_norm else (4 + element) / element * apart * 2 * hidden,
         **_attention(model, row, apart, tp),
-        "core_attn": _scores(attention, micro_batch * model.heads / tp * sequence * sequence / cp, tokens, model, tp),
+        "core_attn": _scores(attention, scores, tokens, model, tp),
         # FlashAttention 1 takes query, key and value in one tensor: a copy.
         "packed": row * (model.heads + 2 * model.kv_heads) * model.head_dim / tp if attention == "flash1" else 0.0,
     }
-    # Of a feed-forward block's width: what the activation takes and gives, and what is between where it is no kernel.
-    widths = (3 if fused_activation else 4) if model.gated else 2
+    # Of a feed-forward block's width: what the activation takes, and what it makes.
+    taken, made = (2, 1 + copies) if model.gated else (1, 1)
     if routed is None:
-        parts["mlp"] = row * widths * model.ffn / tp
+        parts["mlp"] = row * (taken + made) * model.ffn / tp
     else:
-        parts["shared_experts"] = row * widths * model.shared_expert_ffn / tp
+        parts["shared_experts"] = row * (taken + made) * model.shared_expert_ffn / tp
         parts["router"] = 4 * 3 * model.experts * (tokens / tp if sp else tokens)
-        parts["experts"] = element * routed * (hidden + (widths - 1) * model.expert_ffn / etp)
-        parts["moe_act"] = element * routed * model.expert_ffn / etp
+        parts["experts"] = element * routed * (hidden + taken * model.expert_ffn / etp)
+        # The router's weights multiply what the activation gives: where that is a kernel of its own, it is kept too.
+        parts["moe_act"] = element * routed * (made + (copies > 0)) * model.expert_ffn / etp
+    turn = scores * GRADIENT_BYTES[attention]
     whole = sum(parts.values())
     if "layer" in recompute:
-        return LayerBytes(apart * hidden, whole)
+        return LayerBytes(apart * hidden, whole + turn)
     gone = [name for name in parts if name in recompute]
     if "moe" in recompute:
         gone += [name for name in ("shared_experts", "router", "experts", "moe_act") if name in parts]
     dropped = {name: parts[name] for name in gone}
-    return LayerBytes(whole - sum(dropped.values()), max(dropped.values(), default=0.0))
+    return LayerBytes(whole - sum(dropped.values()), max(dropped.values(), default=0.0) + turn)
 
 
 def _attention(model: ModelArchitecture, row: float, apart: float, tp: int) -> dict[str, float]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from operator import attrgetter
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from jobs.architecture import ModelArchitecture
@@ -22,12 +23,16 @@ from parallel.estimates.software import Software, software
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 
+VARIATION = 0.015
+"""Standard deviation of equal devices' speed: in five clusters 8% lay between the whiskers of its distribution, which
+are 5.4 standard deviations apart (Sinha et al., Not All GPUs Are Created Equal, SC 2022)."""
+
 BY_STEP = ("zero_stage", "optimizer_replicas", "optimizer_offloaded", "weights_offloaded")
 """Fields of a workload on which only what is done once a step depends, or beside the layers' own work."""
 _LAYERS_BY = tuple(field.name for field in fields(Workload) if field.name not in (*BY_STEP, "layout", "global_batch"))
 """Those on which the cost of a micro-batch depends, beside degrees of its layout."""
 _layers_by = attrgetter(*_LAYERS_BY)
-_once_by = attrgetter("layout", "shards", "expert_shards", *BY_STEP, "gradient_bytes", "element")
+_once_by = attrgetter("layout", "shards", "expert_shards", *BY_STEP, "gradient_bytes", "element", "precision")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class TimeEstimate:
     """Gradients to the host and weights back."""
     fixed: float
     """Of a step, whatever its size."""
+    unexplained: float = 0.0
+    """What measured steps say beyond these parts (evidence/calibration.py); below 0 where they were shorter."""
 
     @property
     def total(self) -> float:
@@ -106,8 +113,15 @@ def estimate_time(workload: Workload, hardware: Hardware, run_by: Software | Non
         if seconds > longest:
             longest = seconds
             work = (one.compute, one.launch, one.tensor, one.expert, one.context, sends)
-            slowest = (*(micro_batches * part for part in work), bubble, data, once.optimizer, offload)
-    return TimeEstimate(*slowest, ours.step_seconds)
+            slowest = (
+                *(micro_batches * part for part in work),
+                bubble,
+                data,
+                once.optimizer,
+                offload,
+                ours.step_seconds,
+            )
+    return TimeEstimate(*slowest)
 
 
 def least_time(workload: Workload, hardware: Hardware) -> float:
@@ -126,7 +140,7 @@ def _passes(
     """Kinds of stages, a micro-batch on each, its seconds with sends, and those of sends."""
     shape = _shape(workload, network, ours)
     kinds = _kinds(workload.model, workload.layout)
-    passes = [shape.of(stage) for stage, _ in kinds]
+    passes = [shape.of(stage, workload.layout.world) for stage, _ in kinds]
     sends = _sends(workload, network, ours)
     return kinds, passes, [one.total + sends for one in passes], sends
 
@@ -141,29 +155,36 @@ class _Shape:
     """What the layers of a micro-batch cost on one rank, and stages of so many of them."""
 
     def __init__(self, workload: Workload, network: Network, ours: Software) -> None:
-        self._launch = network.hardware.launch_seconds * ours.launch
-        parts = (*layer(workload, network.hardware, network, ours), head(workload, network.hardware, network, ours))
+        hardware = network.hardware
+        self._launch = hardware.launch_seconds * ours.launch
+        # Where it is not fused, a gradient is read where the product wrote it, and added to the sum.
+        self._sum = 0.0 if ours.gradients_fused else (workload.element + 8) / hardware.memory_bytes_per_second
+        parts = (*layer(workload, hardware, network, ours), head(workload, hardware, network, ours))
         self._costs = tuple(zip(*(vars(part).values() for part in parts), strict=True))
-        self._stages: dict[tuple[int, int, bool], _Pass] = {}
+        self._stages: dict[tuple[Stage, int], _Pass] = {}
 
-    def of(self, stage: Stage) -> _Pass:
-        key = stage.dense_layers, stage.moe_layers, stage.is_last
-        if key not in self._stages:
-            self._stages[key] = self._pass(*key)
-        return self._stages[key]
+    def of(self, stage: Stage, world: int) -> _Pass:
+        found = self._stages.get((stage, world))
+        if found is None:
+            found = self._stages[stage, world] = self._pass(stage, _slowest(world))
+        return found
 
-    def _pass(self, dense_layers: int, moe_layers: int, heads: int) -> _Pass:
+    def _pass(self, stage: Stage, slowest: float) -> _Pass:
+        dense_layers, moe_layers, heads = stage.dense_layers, stage.moe_layers, stage.is_last
         cost = Cost(*(dense_layers * dense + moe_layers * moe + heads * last for dense, moe, last in self._costs))
         host = self._launch * cost.kernels
-        forward, backward = cost.forward + cost.collectives_forward, cost.backward + cost.collectives_backward
+        forward, backward = slowest * cost.forward, slowest * cost.backward
+        waits = _waits(host, forward + cost.collectives_forward)
+        waits += _waits(2 * host, backward + cost.collectives_backward)
+        backward += (stage.dense_parameters + stage.expert_parameters) * self._sum
         return _Pass(
-            compute=cost.forward + cost.backward,
-            launch=_waits(host, forward) + _waits(2 * host, backward),
+            compute=forward + backward,
+            launch=waits,
             tensor=cost.tensor_forward + cost.tensor_backward,
             expert=cost.expert_forward + cost.expert_backward,
             context=cost.context_forward + cost.context_backward,
-            forward=forward,
-            backward=backward,
+            forward=forward + cost.collectives_forward,
+            backward=backward + cost.collectives_backward,
         )
 
 
@@ -211,6 +232,17 @@ def _sends_waited_for(workload: Workload, ours: Software) -> float:
     return min(filling, micro_batches * vpp) / micro_batches
 
 
+@cache
+def _slowest(devices: int) -> float:
+    """Seconds of the slowest of so many equal devices over their mean: all wait for it in every step.
+
+    Expected maximum of normal deviates (Blom 1958), whose spread is VARIATION.
+    """
+    if devices == 1:
+        return 1.0
+    return 1 + VARIATION * NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
+
+
 def _waits(host: float, device: float) -> float:
     """Seconds that the device waits for a host which runs ahead of it, but not at every moment."""
     return float((host**3 + device**3) ** (1 / 3) - device)
@@ -230,6 +262,7 @@ def _once(
     weights_offloaded: bool,
     gradient_bytes: int,
     element: int,
+    precision: str,
 ) -> _Once:
     """Data-parallel collectives, the optimizer, and the traffic with the host."""
     hardware, replicas = network.hardware, layout.dp * layout.cp
@@ -247,11 +280,14 @@ def _once(
     stepped = shard if zero_stage else stage.dense_parameters + stage.expert_parameters
     share, link = optimizer_offloaded, hardware.host_link.bytes_per_second
     host = share * shard * ((gradient_bytes + element) / link + 28 / hardware.host_adam_bytes_per_second)
-    # Adam is bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written.
-    # Before it gradients are read for their norm and scaled.
-    optimizer = stepped * ((28 + element) * (1 - share) + 3 * gradient_bytes) / hardware.memory_bytes_per_second
+    # Adam is bound by memory: fp32 weight, moments and gradient read, the first three written; the model's weight made.
+    # Before it, of fp32 gradients: made of 16 bits where they are kept so, unscaled with fp16, read for their norm,
+    # scaled by it (Megatron-LM's and apex's optimizers, counted).
+    scaled = 4 + 8 + (6 if gradient_bytes == 2 else 0) + (8 if precision == "fp16" else 0)
+    optimizer = stepped * ((28 + 4 + element) * (1 - share) + scaled) / hardware.memory_bytes_per_second
+    whole = ours.gradients_whole or zero_stage == 0
     return _Once(
-        gradients=both(gradient_bytes, reduce=zero_stage == 0),
+        gradients=both(4 if ours.gradients_whole and zero_stage != 3 else gradient_bytes, whole and zero_stage != 3),
         weights=both(element) if zero_stage else 0.0,
         optimizer=optimizer,
         host=host,

@@ -62,7 +62,7 @@ _NAMES = tuple(field.name for field in fields(Cost))
 def layer(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> tuple[Cost, Cost]:
     """A dense layer and an MoE layer (nothing where the model has none)."""
     model = workload.model
-    attended = _attention(workload, hardware, network, ours)
+    attended = attention_parts(workload, hardware, network, ours)
     dense = _with_recompute(workload, {**attended, "mlp": _mlp(workload, hardware, network, ours, model.ffn)})
     if not model.is_moe:
         return dense, Cost()
@@ -119,15 +119,39 @@ def _block(workload: Workload, network: Network, ours: Software) -> Cost:
     return Cost(tensor_forward=each, tensor_backward=each, kernels=2)
 
 
-def _attention(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> dict[str, Cost]:
+def attention_parts(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> dict[str, Cost]:
+    """By what may be computed again: latents' up-projections, the other projections, scores, the layer's norms.
+
+    Multi-latent attention: DeepSeek-V2, arXiv 2405.04434, section 2.1.
+    """
     model, layout = workload.model, workload.layout
     tokens, element = workload.tokens, workload.element
     heads, kv_heads = model.heads // layout.tp, max(1, model.kv_heads // layout.tp)
-    width = (heads + 2 * kv_heads) * model.head_dim
-    projections = linear(hardware, workload.precision, tokens, width, model.hidden)
-    projections += linear(hardware, workload.precision, tokens, model.hidden, heads * model.head_dim)
-    # Rotary positions and copies between layouts: of queries, keys and values, read and written.
-    copies = moved(hardware, tokens * width, 2 * ours.memory, 3, element)
+
+    def product(out: int, inner: int) -> Seconds:
+        return linear(hardware, workload.precision, tokens, out, inner)
+
+    parts = {}
+    if model.is_multi_latent:
+        # Down to latents, which every rank of the group makes whole; up from them, to this rank's heads.
+        query, key = model.head_dim + model.rope_head_dim, model.kv_lora_rank + model.rope_head_dim
+        down = product(key, model.hidden)
+        if model.q_lora_rank:
+            down += product(model.q_lora_rank, model.hidden)
+        up = product(heads * query, model.q_lora_rank or model.hidden)
+        up += product(heads * (model.head_dim + model.value_head_dim), model.kv_lora_rank)
+        # Keys are put together of what is each head's own and the rotary part that all share.
+        width = heads * (2 * query + model.value_head_dim)
+        parts["mla_up_proj"] = _cost(up, moved(hardware, tokens * width, 2 * ours.memory, 6, element), ours)
+        projections, copies = down, moved(hardware, tokens * (key + model.q_lora_rank), 2 * ours.memory, 2, element)
+        value_dim, head_dim = model.value_head_dim, query
+    else:
+        width = (heads + 2 * kv_heads) * model.head_dim
+        projections = product(width, model.hidden)
+        # Rotary positions and copies between layouts: of queries, keys and values, read and written.
+        copies = moved(hardware, tokens * width, 2 * ours.memory, 3, element)
+        value_dim = head_dim = model.head_dim
+    projections += product(model.hidden, heads * value_dim)
     inner = attention(
         hardware,
         workload.precision,
@@ -136,13 +160,14 @@ def _attention(workload: Workload, hardware: Hardware, network: Network, ours: S
         workload.sequence_length // layout.cp,
         workload.sequence_length,
         heads,
-        model.head_dim,
+        head_dim,
+        value_dim,
     )
     outside = tokens // layout.tp if layout.sp else tokens
     norm_passes, norm_kernels = (2, 1) if workload.fused_norm else (14, 6)
     norms = moved(hardware, outside * model.hidden, 2 * norm_passes * ours.memory, 2 * norm_kernels, element)
     residuals = moved(hardware, outside * model.hidden, 2 * 3 * ours.memory, 2, element)
-    return {
+    return parts | {
         "attention": _cost(projections, copies + residuals, ours) + _block(workload, network, ours),
         "core_attn": _cost(inner, Seconds(), ours) + _context(workload, network, ours),
         "layernorm": _cost(Seconds(), norms, ours),

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from math import erf, sqrt
+from math import erf, hypot, sqrt
 
 from jobs.architecture import ModelArchitecture
 from parallel.estimates.activations import layer_bytes
@@ -20,15 +20,22 @@ from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 
 FITTED: dict[str, float] = json.loads((files("parallel.estimates") / "memory_fitted.json").read_text())
-"""By memory_fitting.py, on split `calibrate` alone. slack: what torch's allocator reserves and kernels use for a moment
-beyond what is counted, a share; spread: a standard deviation, a share; whole_logit_bytes: of a logit where the loss is
-torch's own (16 bits gathered, an fp32 copy, its softmax, their gradients)."""
+"""By memory_fitting.py, on split `calibrate` alone. slack: what torch's allocator holds beyond what is counted, in
+pieces that nothing fits: a share of activations and workspace, since weights and their states are allocated once, and
+logits are equal blocks each time. Standard deviations: spread_passing, a share of what comes and goes within a step,
+and spread_held, of the rest. whole_logit_bytes: of a logit where the loss is torch's own."""
 
 LIKELY_OUT = 0.5
 """Probability of running out of memory above which a layout is refused: missed and falsely refused weigh the same."""
 
-LOGIT_ELEMENTS = 4
-"""Of a logit, in elements of the weights' 2 bytes: itself, its gradient, and the fp32 softmax that the loss keeps."""
+LOGIT_ELEMENTS = {"parallel": 4, "fused": 2}
+"""Of a logit, in elements of the weights' 2 bytes: itself, its gradient, and the fp32 softmax that the loss keeps where
+it is not one kernel."""
+
+COMMUNICATOR_SHARE = 0.175
+"""Of a profile's reserve, which is measured with five communicators, what each of them takes: on an H200 0.67 of 3.84
+GB (docs/planner), the context taking 0.5. On an A100 NCCL takes 0.54 GB for two ranks and 0.69 for more
+(github.com/NVIDIA/nccl, issue 964)."""
 
 HEAD_GRADIENT_ELEMENTS = 3
 """Of a weight of the head while its gradient is made: in the weights' precision and in fp32. With it, what SimuMax
@@ -37,7 +44,11 @@ recorded on split `calibrate` is met within 1%."""
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on a rank of one stage at the fullest moment of a step, part by part: the mean of what is expected."""
+    """Bytes on a rank of one stage at the fullest moment of a step, part by part: the mean of what is expected.
+
+    That moment is the turn from forward to backward, when all activations are there; or the optimizer's step, when none
+    are (its first is as full as any: its states are counted from the beginning).
+    """
 
     weights: int
     gradients: int
@@ -47,6 +58,8 @@ class MemoryEstimate:
     workspace: int
     """Alive for a moment: the widest block's gathered input and gradients, the largest weight's gradient, a layer
     computed again, ZeRO-3's gathered weights."""
+    update: int
+    """Made by the optimizer's step where that is the fullest moment: fp32 copies of gradients kept in less."""
     overhead: int
     """What the device holds before the first tensor, and the allocator's slack."""
 
@@ -60,9 +73,14 @@ class MemoryEstimate:
         return self.total - self.overhead
 
     @property
+    def passing(self) -> int:
+        """What comes and goes within a step."""
+        return self.activations + self.logits + self.workspace + self.update
+
+    @property
     def spread(self) -> float:
         """Standard deviation of the total, bytes, as fitted."""
-        return FITTED["spread"] * self.total
+        return hypot(FITTED["spread_passing"] * self.passing, FITTED["spread_held"] * (self.total - self.passing))
 
     def p_out_of_memory(self, device_bytes: float) -> float:
         """That a device of so many bytes does not hold it, by a normal distribution."""
@@ -154,13 +172,17 @@ def _parts(workload: Workload, device: Hardware, asked: tuple[tuple[int, Stage],
     moe = layer_bytes(workload, moe=True) if model.moe_layers else None
     kept_dense, kept_moe = dense.kept if dense else 0.0, moe.kept if moe else 0.0
     workspace = _workspace(workload) + max(dense.again if dense else 0.0, moe.again if moe else 0.0)
-    logit_bytes = LOGIT_ELEMENTS * element / layout.tp if workload.parallel_loss else FITTED["whole_logit_bytes"]
+    logit_bytes = FITTED["whole_logit_bytes"]
+    if workload.loss != "whole":
+        logit_bytes = LOGIT_ELEMENTS[workload.loss] * element / layout.tp
     head = max(
         workload.tokens * model.vocab * logit_bytes,
         model.embedding_parameters / layout.tp * HEAD_GRADIENT_ELEMENTS * element,
     )
     # Mixed precision keeps an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
-    optimizer_bytes = (8 if workload.precision == "fp32" else 12) * (1 - workload.optimizer_offloaded)
+    optimizer_bytes = 2 * workload.moment_bytes + (0 if workload.precision == "fp32" else 4)
+    on_device = 1 - workload.optimizer_offloaded
+    reserved = device.reserved_bytes * (1 - COMMUNICATOR_SHARE * _groups(layout).count(1))
     sharded, shards, expert_shards = workload.zero_stage, workload.shards, workload.expert_shards
     micro_batches, gradient_bytes = workload.micro_batches, workload.gradient_bytes
     weight_bytes = 0.0 if workload.weights_offloaded else element
@@ -172,16 +194,24 @@ def _parts(workload: Workload, device: Hardware, asked: tuple[tuple[int, Stage],
         # The head's turn is over before a block's begins: the larger of the two counts.
         logits = head if stage.is_last and head > workspace else 0.0
         activations = in_flight(layout, index, micro_batches) * layers
-        # A step of the optimizer finds no activations, but makes fp32 copies of its shard of gradients kept in less.
-        step = shard * 4 if gradient_bytes < 4 else 0.0
+        alive = 0.0 if logits else workspace
+        update = shard * 4 if gradient_bytes < 4 else 0.0
+        if update > activations + logits + alive:
+            activations = logits = alive = 0.0
+        else:
+            update = 0.0
         weights = (parameters if sharded < 3 else shard) * weight_bytes
         gradients = (parameters if sharded < 2 else shard) * gradient_bytes
-        optimizer = (shard if sharded >= 1 else parameters) * optimizer_bytes
-        alive = max(0.0 if logits else workspace, step - activations - logits)
-        allocated = weights, gradients, optimizer, activations, logits, alive
-        overhead = device.reserved_bytes + FITTED["slack"] * sum(allocated)
+        optimizer = (shard if sharded >= 1 else parameters) * on_device * optimizer_bytes
+        allocated = weights, gradients, optimizer, activations, logits, alive, update
+        overhead = reserved + FITTED["slack"] * (activations + alive + update)
         found.append((*map(round, allocated), round(overhead)))
     return found
+
+
+def _groups(layout: Layout) -> tuple[int, ...]:
+    """Sizes of the five groups in which a rank communicates; the profile's reserve has a communicator for each."""
+    return layout.tp, layout.cp, layout.pp, layout.dp * layout.cp, layout.ep * layout.etp
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:

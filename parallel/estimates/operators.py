@@ -13,6 +13,14 @@ from math import ceil
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.workload import AttentionKernel, Precision
 
+GROUPED_STREAMS = 4
+"""Over which Transformer Engine deals the products of a group."""
+
+
+UNEQUAL_HEADS = (0.94, 0.80)
+"""Rate of attention with heads of 192 and values of 128, as in multi-latent attention, over that with heads of 128,
+forward and backward: mean of A100 and B200, 64 heads, sequence 4096 (SimuMax's operator tables)."""
+
 
 @dataclass(frozen=True)
 class Seconds:
@@ -31,14 +39,21 @@ class Seconds:
 
 
 @lru_cache(maxsize=1 << 18)
-def product(hardware: Hardware, precision: Precision, m: int, n: int, k: int, groups: int = 1) -> float:
-    """`groups` products [m, k] x [k, n] of one kernel, each with tiles of its own."""
+def product(
+    hardware: Hardware, precision: Precision, m: int, n: int, k: int, groups: int = 1, kernels: int = 1
+) -> float:
+    """`groups` products [m, k] x [k, n], as batches of one or several kernels.
+
+    Of several, GROUPED_STREAMS run at once, and the host starts one after another: so Transformer Engine's grouped
+    products do (its multi_stream_cublas_gemm).
+    """
     flops = 2.0 * groups * m * n * k
+    together = groups // kernels * min(kernels, GROUPED_STREAMS)
     element = {"fp32": 4, "fp8": 1}.get(precision, 2)
     rate = hardware.product_flops(precision) * k / (k + hardware.half_depth)
     if hardware.processors > 1:
         rate *= max(
-            share * _filled(hardware.processors, m, n, groups, rows, columns)
+            share * _filled(hardware.processors, m, n, together, rows, columns)
             for rows, columns, share in (
                 (256, 128, 1.0),
                 (128, 256, 1.0),
@@ -48,7 +63,8 @@ def product(hardware: Hardware, precision: Precision, m: int, n: int, k: int, gr
             )
         )
     moved = groups * (element * (m * k + k * n) + 2 * m * n) / hardware.memory_bytes_per_second
-    return max(flops / rate, moved, hardware.kernel_seconds)
+    least = hardware.kernel_seconds if kernels == 1 else kernels * hardware.launch_seconds
+    return max(flops / rate, moved, least)
 
 
 def _filled(processors: int, m: int, n: int, groups: int, rows: int, columns: int) -> float:
@@ -58,10 +74,13 @@ def _filled(processors: int, m: int, n: int, groups: int, rows: int, columns: in
 
 
 def linear(hardware: Hardware, precision: Precision, tokens: int, out: int, inner: int, groups: int = 1) -> Seconds:
-    """Forward [tokens, inner] x [inner, out]; backward its two gradients, the weights' added to a sum in fp32."""
-    forward = product(hardware, precision, tokens, out, inner, groups)
-    inputs = product(hardware, precision, tokens, inner, out, groups)
-    weights = product(hardware, precision, inner, out, tokens, groups)
+    """Forward [tokens, inner] x [inner, out]; backward its two gradients, the weights' added to a sum in fp32.
+
+    Of `groups`, each is a kernel.
+    """
+    forward = product(hardware, precision, tokens, out, inner, groups, groups)
+    inputs = product(hardware, precision, tokens, inner, out, groups, groups)
+    weights = product(hardware, precision, inner, out, tokens, groups, groups)
     # The sum is read and written: 8 bytes an element.
     added = max(weights / hardware.accumulate, 8.0 * groups * inner * out / hardware.memory_bytes_per_second)
     kernels = 1 if precision != "fp8" else 3  # casts and transposes
@@ -87,8 +106,11 @@ def attention(
     keys: int,
     heads: int,
     head_dim: int,
+    value_dim: int | None = None,
 ) -> Seconds:
     """Scores and their product with the values, causal: of queries [queries] against keys [keys] of each sequence.
+
+    Heads of values are [value_dim], or as wide as those of queries and keys, [head_dim].
 
     flash: the profile's rate on the causal half; backward makes 2.5 times the products. flash1: the first kernel
     reaches 58% of the second's rate forward and 48% backward (Dao 2023, figures 4 and 5, A100). The others write scores
@@ -98,12 +120,15 @@ def attention(
     """
     if kernel == "fused_softmax" and sequences * heads % 4:
         kernel = "unfused"
-    flops = 4.0 * sequences * queries * keys * heads * head_dim
+    width = (head_dim + (value_dim or head_dim)) / 2
+    flops = 4.0 * sequences * queries * keys * heads * width
     few = sequences * heads * ceil(queries / 128) / hardware.processors
     filled = min(1.0, few / ceil(few)) if hardware.processors > 1 else 1.0
     if kernel in ("flash", "flash1"):
         slow_forward, slow_backward = (0.58, 0.48) if kernel == "flash1" else (1.0, 1.0)
         wide = min(1.0, head_dim / 128) ** 0.25
+        if head_dim > 128:
+            slow_forward, slow_backward = UNEQUAL_HEADS
         fp32 = hardware.fp32_flops / hardware.bf16_flops if precision == "fp32" else 1.0
         forward = flops / 2 / (hardware.attention_forward_flops * fp32 * filled * wide * slow_forward)
         backward = 1.25 * flops / (hardware.attention_backward_flops * fp32 * filled * wide * slow_backward)

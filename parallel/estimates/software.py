@@ -34,10 +34,15 @@ class Software:
     """On collectives of gradients and weights."""
     gradients_hidden: float = 1.0
     weights_hidden: float = 1.0
+    gradients_whole: bool = False
+    """A sharded optimizer's gradients are all-reduced in fp32, not scattered in the precision that they are kept in."""
     blocks_overlap: bool = False
     """Gathers and scatters of sequence parallelism go chunk by chunk beside the product that they feed or follow."""
     sends_hidden: float = 0.0
     """Of a plain schedule's sends; an interleaved one hides all."""
+    gradients_fused: bool = True
+    """The product that makes a weight's gradient adds it to the sum; False: a kernel of its own does, each
+    micro-batch."""
     step_seconds: float = 0.0
     """Of a step, whatever its size: logging, loss scale, the optimizer's small kernels."""
 
@@ -48,13 +53,15 @@ OURS = "Fivefold on Megatron-Core 0.16.1"
 FACTS = {
     # Of 2022, before its distributed optimizer: gradients are reduced when the last micro-batch is done.
     "Megatron-DeepSpeed": Software(gradients_hidden=0.0, weights_hidden=0.0),
-    # Its optimizer waits for gradients and gathers weights before the next step (arXiv 2311.05610 names no overlap).
-    "AA-Scaling": Software(gradients_hidden=0.0, weights_hidden=0.0),
+    # Its optimizer waits for gradients and gathers weights before the next step (arXiv 2311.05610 names no overlap);
+    # its core/optimizer/allreduce.py makes gradients fp32 before it reduces them, with ZeRO too.
+    "AA-Scaling": Software(gradients_hidden=0.0, weights_hidden=0.0, gradients_whole=True),
     "Megatron-LM 0.14 + TE": Software(),
     # Megatron-LM's README of the H100 runs names its overlaps: gradients, weights, tensor-parallel blocks, sends.
     "Megatron-Core r0.8.0": Software(blocks_overlap=True),
-    # Reduces gradients when the last micro-batch is done, and gathers weights before the next step.
-    OURS: Software(gradients_hidden=0.0, weights_hidden=0.0),
+    # Reduces gradients when the last micro-batch is done, and gathers weights before the next step; runs without the
+    # extension of APEX that gradient_accumulation_fusion needs.
+    OURS: Software(gradients_hidden=0.0, weights_hidden=0.0, gradients_fused=False),
     # Its recipes of dense models set tp_comm_overlap.
     "Megatron-Core / Megatron-Bridge": Software(blocks_overlap=True),
     "Megatron-Bridge": Software(blocks_overlap=True),

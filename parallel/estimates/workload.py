@@ -25,6 +25,11 @@ AttentionKernel = Literal["flash", "flash1", "fused_softmax", "unfused"]
 softmax, or with each of scaling, masking, softmax and dropout in a kernel of its own."""
 
 
+Loss = Literal["parallel", "fused", "whole"]
+"""Made of each rank's share of the vocabulary, with an fp32 softmax, or by one kernel that keeps nothing beside the
+logits; or of whole logits on every rank, by torch in fp32."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """One step of a model at a layout. All sizes are of the whole job unless said otherwise."""
@@ -44,10 +49,9 @@ class Workload:
     attention_kernel: AttentionKernel = "flash"
     fused_norm: bool = True
     """A norm is one kernel; False: each of its operations is one, in fp32."""
-    fused_activation: bool = True
-    """SwiGLU is one kernel; False: the sigmoid's product is written and kept before the gate multiplies it."""
-    parallel_loss: bool = True
-    """The loss is made of each rank's share of the vocabulary; False: of whole logits, in fp32, on every rank."""
+    activation_copies: int = 0
+    """Tensors that SwiGLU keeps between its input and its output; none where it is one kernel."""
+    loss: Loss = "parallel"
     software: str = ""
     """What runs it, as calibrations name it; one that is not known gets arithmetic without residuals."""
     context_attention: Literal["gather", "ring", "ulysses"] = "gather"
@@ -61,6 +65,8 @@ class Workload:
     """Copies of the sharded state: it is sharded over 1 / optimizer_replicas of the data parallel ranks."""
     gradient_bytes: int = 4
     """Of an element of the accumulated gradient: 4, or 2 where it stays in the weights' precision."""
+    moment_bytes: int = 4
+    """Of an element of each of Adam's two moments."""
     optimizer_offloaded: float = 0.0
     """Share of the optimizer's state and step that is the host's."""
     weights_offloaded: bool = False
@@ -85,6 +91,8 @@ class Workload:
             dispatcher=job.layout.dispatcher,
             zero_stage=options["zero_stage"],
             optimizer_replicas=options["optimizer_replicas"],
+            # Neither engine fuses SwiGLU: both keep silu's output, and Megatron's MLP the gate plus its offset.
+            activation_copies=1 if job.engine == "deepspeed" else 2,
             software=OURS if job.engine == "megatron" and on_gpu else "",
             optimizer_offloaded=float(on_gpu and options["offload_optimizer"] != "none"),
             weights_offloaded=on_gpu and options["offload_parameters"] != "none",

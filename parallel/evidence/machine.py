@@ -1,8 +1,8 @@
 """From what was timed on a machine to the profile of its devices: every number as the estimates use it.
 
 Numbers are found by the estimates' own formulas, so that a profile gives back the seconds that it was made from: what
-is linear in a number by least squares of relative errors, how products depend on their shape by descent, as in
-fitting.py. What was not measured is taken from the nearest profile that is shipped, and its source says so.
+is linear in a number by least squares of relative errors, how products depend on their shape by fitting.fit. What was
+not measured is taken from the nearest profile that is shipped, and its source says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from parallel.estimates.hardware import Hardware, Link
 from parallel.estimates.network import Network
 from parallel.estimates.operators import attention, product
 from parallel.estimates.workload import Precision
-from parallel.evidence.fitting import PRODUCTS, descend
+from parallel.evidence.fitting import PRODUCTS, Point, Vector, fit
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
@@ -60,8 +60,8 @@ def measured_fields(measured: Measured, nearest: Hardware) -> Found:
     """Every field of Hardware that the samples tell. `nearest` stands for the others."""
     found: Found = dict(measured.facts)
     # What moves memory bounds a product, so it is known before products are fitted.
-    for fit in (_memory, _shortest, _products, _sums, _attention, _links, _host):
-        found |= fit(measured, replace(nearest, **found))
+    for part in (_memory, _shortest, _products, _sums, _attention, _links, _host):
+        found |= part(measured, replace(nearest, **found))
     return found
 
 
@@ -106,24 +106,19 @@ def _shapes(samples: Sequence[Sample], device: Hardware) -> Found:
     """Rate of large products and what shape costs them."""
     rate, fastest = f"{samples[0].precision}_flops", _fastest(samples)
     # No shape reaches the rate that there is before shape costs anything; half of that is left for what it costs.
-    bounds = {"rate": (0.95, 2.0), "half_depth": PRODUCTS["half_depth"]}
-    start = {"rate": 1.05, "half_depth": 50.0}
+    start, bounds = {rate: 1.05, "half_depth": 150.0}, {rate: (0.95, 2.0), "half_depth": PRODUCTS["half_depth"]}
     if device.processors > 1:
+        start |= {"tile_128": 0.9, "tile_64": 0.7}
         bounds |= {name: PRODUCTS[name] for name in ("tile_128", "tile_64")}
-        start |= {"tile_128": 0.95, "tile_64": 0.8}
 
-    def fields(point: Found) -> Found:
-        return {rate if name == "rate" else name: value for name, value in point.items()}
+    def fields(point: Point) -> Found:
+        return {**point, rate: point[rate] * fastest}
 
-    def tried(point: Found) -> Hardware:
-        return replace(device, **fields(point | {"rate": point["rate"] * fastest}))
+    def errors(point: Point) -> Vector:
+        tried = replace(device, **fields(point))
+        return np.array([np.log(_product_seconds(tried, each) / each.seconds) for each in samples])
 
-    def loss(point: dict[str, float]) -> float:
-        there = tried(point)
-        return float(np.mean([abs(np.log(_product_seconds(there, each) / each.seconds)) for each in samples]))
-
-    found = descend(loss, start, bounds)
-    return fields(found | {"rate": found["rate"] * fastest})
+    return fields(fit(errors, start, bounds))
 
 
 def _fastest(samples: Sequence[Sample]) -> float:
@@ -148,29 +143,32 @@ def _attention(measured: Measured, device: Hardware) -> Found:
 
 
 def _links(measured: Measured, device: Hardware) -> Found:
-    """Fixed cost of a collective, latency and bandwidth, of every collective, group and size at once.
+    """Fixed cost of a collective, latency of a hop and bandwidth, of every collective, group and size at once.
 
-    network.py gives a send and an all-to-all no fixed cost. Theirs would be taken for a hop's latency, and be paid at
-    every hop of larger groups than were measured: so of these two only the largest count, which tell the bandwidth.
+    A hop's latency shows where groups differ in size; with one size it stays the nearest profile's. network.py gives a
+    send and an all-to-all no fixed cost, which would be taken for hops here: of these the largest count, for bandwidth.
     """
     samples = measured.of("all_reduce", "all_gather", "reduce_scatter")
+    several = len({each.sizes["size"] for each in samples}) > 1
+    known = 0.0 if several else device.fast_link.latency_seconds
     for direct in (measured.of("all_to_all"), measured.of("send")):
         most = max((each.sizes["bytes"] for each in direct), default=0)
         samples += [each for each in direct if each.sizes["bytes"] >= most / 4]
     if len({each.sizes["bytes"] for each in samples}) < 2:
         return {}
-    units = ((1.0, Link(0.0, np.inf)), (0.0, Link(1.0, np.inf)), (0.0, Link(0.0, 1.0)))
+    hop = Link(1.0 if several else 0.0, np.inf)
+    units = ((1.0, Link(0.0, np.inf)), (0.0, hop), (0.0, Link(0.0, 1.0)), (0.0, Link(known, np.inf)))
     alone = [replace(device, collective_seconds=fixed, fast_link=link) for fixed, link in units]
-    rows = [[_collective_seconds(unit, each) for unit in alone] for each in samples]
-    fixed, latency, per_byte = _relative_least_squares(rows, [each.seconds for each in samples])
-    return {"collective_seconds": fixed, "fast_link": Link(latency, 1 / per_byte)}
+    rows = np.array([[_collective_seconds(unit, each) for unit in alone] for each in samples])
+    fixed, latency, per_byte = _relative_least_squares(rows[:, :-1], [each.seconds for each in samples], rows[:, -1])
+    return {"collective_seconds": fixed, "fast_link": Link(known + latency, 1 / per_byte)}
 
 
 def _host(measured: Measured, device: Hardware) -> Found:
     found: Found = {}
     copies = measured.of("to_device", "to_host")
     if len({each.sizes["bytes"] for each in copies}) > 1:
-        rows = [[1.0, float(each.sizes["bytes"])] for each in copies]
+        rows = np.array([[1.0, float(each.sizes["bytes"])] for each in copies])
         latency, per_byte = _relative_least_squares(rows, [each.seconds for each in copies])
         found["host_link"] = Link(latency, 1 / per_byte)
     rates = [each.sizes["bytes"] / each.seconds for each in measured.of("host_adam")]
@@ -212,16 +210,16 @@ def _collective_seconds(device: Hardware, sample: Sample) -> float:
     return float(getattr(network, name)(total, size, 1))
 
 
-def _relative_least_squares(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Numbers of at least 0, the last above 0, that lessen the squares of relative errors of rows @ numbers."""
-    scaled = np.array(rows) / np.array(seconds)[:, None]
+def _relative_least_squares(rows: Vector, seconds: Sequence[float], known: Vector | float = 0.0) -> list[float]:
+    """Numbers of at least 0, the last above 0, that lessen the squares of relative errors of rows @ numbers + known."""
+    scaled, wanted = rows / np.array(seconds)[:, None], 1 - known / np.array(seconds)
     width = scaled.shape[1]
     best, least = np.zeros(width), np.inf
     # So few numbers that every choice of those that are 0 can be tried.
     for kept in itertools.product((False, True), repeat=width - 1):
         columns = [*np.flatnonzero(kept), width - 1]
-        found = np.linalg.lstsq(scaled[:, columns], np.ones(len(rows)), rcond=None)[0]
-        error = float(np.sum((scaled[:, columns] @ found - 1) ** 2))
+        found = np.linalg.lstsq(scaled[:, columns], wanted, rcond=None)[0]
+        error = float(np.sum((scaled[:, columns] @ found - wanted) ** 2))
         if np.all(found >= 0) and found[-1] > 0 and error < least:
             best, least = np.zeros(width), error
             best[columns] = found

@@ -14,7 +14,7 @@ from parallel.evidence.machine import COLLECTIVES, Measured, Sample, measured_fi
 _HOW = {
     "memory_bytes": "what torch reports",
     "processors": "what torch reports",
-    "reserved_bytes": "what tensors do not hold, with five communicators of {devices} devices and products' workspace",
+    "reserved_bytes": "what tensors do not hold, with a communicator of {devices} devices for each axis",
     "memory_bytes_per_second": "a kernel that reads and writes",
     "bf16_flops": "products of several shapes",
     "fp32_flops": "products of several shapes",
@@ -25,7 +25,7 @@ _HOW = {
     "accumulate": "products that add to a sum in fp32 against those that write bf16",
     "attention_forward_flops": "causal attention by torch's choice of kernel",
     "attention_backward_flops": "causal attention by torch's choice of kernel",
-    "kernel_seconds": "a CUDA graph of the smallest kernels",
+    "kernel_seconds": "the smallest kernels, one after another",
     "launch_seconds": "operations of a layer on the smallest tensors",
     "collective_seconds": "{collectives} on up to {devices} devices",
     "fast_link": "{collectives} on up to {devices} devices",

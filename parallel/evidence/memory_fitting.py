@@ -1,7 +1,7 @@
 """`python -m parallel.evidence.memory_fitting TABLE.csv --out FILE`: parallel/estimates/memory_fitted.json again.
 
-Of split `calibrate` alone, and of the sources that have both outcomes: the parameters on a grid under which outcomes
-are most likely. A row in fifty is taken to fail, or to run, for a reason that no estimate sees.
+Of split `calibrate` alone, and of the sources that have both outcomes: parameters on a grid, weighted by how likely
+they make the outcomes. A row in fifty is taken to fail, or to run, for a reason that no estimate sees.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import log
+from math import exp, log
 from pathlib import Path
 
 from parallel.estimates.hardware import Hardware
@@ -20,10 +20,15 @@ from parallel.estimates.workload import Workload
 from parallel.evidence.published import Row, UnpricedError, read
 
 GRID = {
-    "whole_logit_bytes": [float(size) for size in range(8, 41, 2)],
-    "slack": [share / 100 for share in range(21)],
-    "spread": [share / 200 for share in range(4, 61)],
+    "whole_logit_bytes": [float(size) for size in range(10, 25, 2)],
+    "slack": [share / 50 for share in range(21)],
+    "spread_passing": [share / 50 for share in range(1, 16)],
+    "spread_held": [share / 100 for share in range(1, 16)],
 }
+"""Of a logit, at least what forward has at once, and at most all that the loss makes of it: in 16 bits each rank's
+share gathered, all of them joined, their gradient and a share of it; in fp32 a copy, its log-probabilities, and their
+gradients."""
+
 UNSEEN = 0.02
 
 
@@ -52,22 +57,26 @@ def outcomes(rows: Iterable[Row]) -> list[Outcome]:
 
 
 def fit(found: Sequence[Outcome]) -> dict[str, float]:
-    """The most likely parameters of the grid; of equals the first."""
-    best, given = float("-inf"), dict(FITTED)
-    chosen = given
+    """The mean of the grid's parameters, weighted by how likely they make the outcomes: the most likely ones are chance
+    where outcomes tell many apart as little as these do."""
+    given, weighted = dict(FITTED), []
     for size, slack in itertools.product(GRID["whole_logit_bytes"], GRID["slack"]):
         FITTED.update(whole_logit_bytes=size, slack=slack)
         estimates = [estimate_memory(each.workload, each.device) for each in found]
-        for spread in GRID["spread"]:
-            FITTED.update(spread=spread)
+        for passing, held in itertools.product(GRID["spread_passing"], GRID["spread_held"]):
+            FITTED.update(spread_passing=passing, spread_held=held)
             likelihood = 0.0
             for each, estimate in zip(found, estimates, strict=True):
                 out = UNSEEN / 2 + (1 - UNSEEN) * estimate.p_out_of_memory(each.device.memory_bytes)
                 likelihood += log(out if each.ran_out else 1 - out)
-            if likelihood > best:
-                best, chosen = likelihood, dict(FITTED)
+            weighted.append((likelihood, dict(FITTED)))
     FITTED.update(given)
-    return chosen
+    best = max(likelihood for likelihood, _ in weighted)
+    weights = [exp(likelihood - best) for likelihood, _ in weighted]
+    return {
+        name: round(sum(w * point[name] for w, (_, point) in zip(weights, weighted, strict=True)) / sum(weights), 3)
+        for name in sorted(given)
+    }
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError
 from parallel.estimates.hardware import Hardware, Link, hardware
-from parallel.estimates.workload import AttentionKernel, Load, Precision, Workload
+from parallel.estimates.software import OURS
+from parallel.estimates.workload import AttentionKernel, Load, Loss, Precision, Workload
 from parallel.layout import Layout
 
 MODEL_COLUMNS = (
@@ -61,6 +62,18 @@ MULTI_LATENT = {
 }
 """Of multi-latent attention, by the beginning of a model's name: arXiv 2405.04434, 2412.19437, 2507.20534, 2502.16982
 with their config.json; SimuMax's DeepSeek-V3 of 4 layers has one dense layer, by its published memory."""
+
+
+LOSSES: dict[str, Loss] = {
+    # Its head gathers logits over tensor-parallel ranks, and its loss casts them to fp32 for torch's cross_entropy
+    # (github.com/Aleph-Alpha/scaling, lm_head.py and cross_entropy.py).
+    "AA-Scaling": "whole",
+    # FlashAttention's cross entropy is the default of MPT's loss_fn (github.com/mosaicml/llm-foundry, modeling_mpt.py).
+    "Composer/FSDP": "fused",
+}
+
+COPIES = {"AA-Scaling": 1, OURS: 2}
+"""Workload.activation_copies: AA-Scaling's SwiGLU (its mlp.py) and this repository's engine fuse nothing."""
 
 
 class UnpricedError(Exception):
@@ -111,18 +124,22 @@ class Row:
             recompute=self.recompute or frozenset(),
             attention_kernel=self._attention_kernel(),
             fused_norm=not self.software.startswith("AA-Scaling") or "RMS" in self.cells["attn_kernel"],
-            fused_activation=self.software != "AA-Scaling",
-            # Of its rows with 32,768 tokens a micro-batch and 128,000 logits each all ran out of memory, at tp=4 too.
-            parallel_loss=self.software != "AA-Scaling",
+            activation_copies=COPIES.get(self.software, 0),
+            loss=LOSSES.get(self.software, "parallel"),
             software=self.software,
             dispatcher="flex" if self.cells["dispatcher"].startswith(("DeepEP", "HybridEP")) else "alltoall",
             load=self._load(),
-            # Megatron-DeepSpeed without ZeRO keeps the whole state on every rank; Megatron-Bridge's recipes shard it.
-            zero_stage=int(stage[1]) if stage else int("Bridge" in self.software),  # type: ignore[arg-type]
+            # Megatron-DeepSpeed without ZeRO keeps the whole state on every rank; NVIDIA's recipes shard it.
+            zero_stage=int(stage[1])
+            if stage
+            else int(self.software.startswith("Megatron-") and self.software != "Megatron-DeepSpeed"),  # type: ignore[arg-type]
             optimizer_replicas=replicas,
             # DeepSpeed's fp16 without ZeRO reduces gradients as they are. AA-Scaling does so too: with 13 billion
             # parameters whole on a rank, 4 bytes and the weights would be all of its 80 GB, and such steps ran.
-            gradient_bytes=2 if self.software in ("Megatron-DeepSpeed", "AA-Scaling") else 4,
+            # Megatron-Bridge's recipes set grad_reduce_in_fp32=False.
+            gradient_bytes=2 if self.software in ("Megatron-DeepSpeed", "AA-Scaling") or self._bridge else 4,
+            # And of models with latent attention keep Adam's moments in bf16 (its recipes' exp_avg_dtype).
+            moment_bytes=2 if self._bridge and model.is_multi_latent else 4,
             optimizer_offloaded=self._offloaded(),
         )
 
@@ -172,6 +189,11 @@ class Row:
         if self.cells.get("tflops_kind", "").startswith("hardware") and step.recompute == {"layer"}:
             flops *= 4 / 3
         return flops
+
+    @property
+    def _bridge(self) -> bool:
+        """Run by a recipe of Megatron-Bridge."""
+        return self.software.endswith("Megatron-Bridge")
 
     @property
     def software(self) -> str:
@@ -242,7 +264,8 @@ class Row:
         if text == "torch":
             return "unfused"
         # Megatron's of 2022 writes scores and normalises them in one kernel.
-        return "fused_softmax" if text == "fused" or self.software == "Megatron-DeepSpeed" else "flash"
+        written = self.software == "Megatron-DeepSpeed" or (text == "fused" and self.software == "AA-Scaling")
+        return "fused_softmax" if written else "flash"
 
     def _precision(self) -> Precision:
         text = self.cells["precision"].lower()

@@ -10,6 +10,7 @@ from jobs.spec import JobSpec, LayoutSpec
 from parallel.capabilities import why_refused
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.memory import estimate_memory
+from parallel.estimates.software import Software
 from parallel.estimates.workload import Workload
 from parallel.layout import ATTENTION_AXES, Layout
 from parallel.planning.options import recompute_label, recomputed, variants
@@ -74,10 +75,13 @@ class Explanation:
         }
 
 
-def explain(job: JobSpec, plan: Plan, device: Hardware) -> Explanation:
-    """Of a plan of `job` on `device`. What the job fixes is turned too: it may be what holds the plan back."""
+def explain(job: JobSpec, plan: Plan, device: Hardware, run_by: Software | None = None) -> Explanation:
+    """Of a plan of `job` on `device`, priced with `run_by` where that is given.
+
+    What the job fixes is turned too: it may be what holds the plan back.
+    """
     chosen = resolve(job, plan)
-    neighbours = [_neighbour(chosen, changes, plan, device) for changes in _turns(chosen)]
+    neighbours = [_neighbour(chosen, changes, plan, device, run_by) for changes in _turns(chosen)]
     neighbours.sort(key=lambda each: (each.obstacle is not None, each.missing_bytes > 0, -each.seconds_gained))
     return Explanation(_largest_first(asdict(plan.time)), _largest_first(asdict(plan.memory)), tuple(neighbours))
 
@@ -86,7 +90,9 @@ def _largest_first(parts: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(((name, part) for name, part in parts.items() if part), key=lambda part: -part[1]))
 
 
-def _neighbour(chosen: JobSpec, changes: dict[str, Any], plan: Plan, device: Hardware) -> Neighbour:
+def _neighbour(
+    chosen: JobSpec, changes: dict[str, Any], plan: Plan, device: Hardware, run_by: Software | None
+) -> Neighbour:
     """`chosen` has every degree and the micro-batch given."""
     turned = chosen.model_copy(update={"layout": chosen.layout.model_copy(update=changes)})
     change = tuple((name, getattr(chosen.layout, name), getattr(turned.layout, name)) for name in changes)
@@ -95,9 +101,11 @@ def _neighbour(chosen: JobSpec, changes: dict[str, Any], plan: Plan, device: Har
         return Neighbour(change, obstacle, None, 0.0, 0)
     layout, micro_batch = Layout.of(turned.layout), turned.layout.micro_batch or 1
     memory = estimate_memory(Workload.of(turned, layout, micro_batch), device)
-    found = price(turned, layout, micro_batch, memory, device)
+    found = price(turned, layout, micro_batch, memory, device, run_by)
     missing = max(0, found.memory.total - device.memory_bytes)
-    return Neighbour(change, None, found, plan.time.total - found.time.total, missing)
+    # What no part explains of the plan's step is not held against the neighbour's.
+    gained = plan.time.total - plan.time.unexplained - found.time.total
+    return Neighbour(change, None, found, gained, missing)
 
 
 def _turns(chosen: JobSpec) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from jobs.spec import DEGREES, JobSpec
 from parallel.estimates.costs import TimeEstimate, estimate_time, least_time
 from parallel.estimates.hardware import Hardware, hardware
 from parallel.estimates.memory import MemoryEstimate, estimate_memory
+from parallel.estimates.software import Software, spread
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 from parallel.planning import options
@@ -31,6 +32,8 @@ class Plan:
     p_out_of_memory: float
     """That the device's memory does not hold it."""
     time: TimeEstimate
+    interval: tuple[float, float]
+    """Seconds between which a step lies in nine cases of ten."""
     tokens_per_second: float
     mfu: float | None
     """Model FLOPs over the device's peak; None where no peak is known."""
@@ -48,6 +51,7 @@ class Plan:
             "micro_batch": self.micro_batch,
             "micro_batches": self.micro_batches,
             "step_seconds": self.time.total,
+            "step_seconds_interval": list(self.interval),
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "p_out_of_memory": self.p_out_of_memory,
@@ -104,9 +108,18 @@ def device_of(job: JobSpec) -> Hardware:
     return hardware(job.cluster.hardware, job.cluster.devices_per_node)
 
 
-def price(job: JobSpec, layout: Layout, micro_batch: int, memory: MemoryEstimate, device: Hardware) -> Plan:
-    """A layout and micro-batch of a job whose options are given, and whose memory is known, with what they cost."""
-    time = estimate_time(Workload.of(job, layout, micro_batch), device)
+def price(
+    job: JobSpec,
+    layout: Layout,
+    micro_batch: int,
+    memory: MemoryEstimate,
+    device: Hardware,
+    run_by: Software | None = None,
+) -> Plan:
+    """What a layout and micro-batch cost, of a job whose options are given; `run_by` as for estimate_time."""
+    workload = Workload.of(job, layout, micro_batch)
+    time = estimate_time(workload, device, run_by)
+    factor = spread(workload.software)
     tokens_per_second = job.train.global_batch * job.train.sequence_length / time.total
     peak = device.peak_flops(job.train.precision)
     flops = job.model.flops_per_token(job.train.sequence_length) * tokens_per_second / layout.world
@@ -118,6 +131,7 @@ def price(job: JobSpec, layout: Layout, micro_batch: int, memory: MemoryEstimate
         memory=memory,
         p_out_of_memory=memory.p_out_of_memory(device.memory_bytes),
         time=time,
+        interval=(time.total / factor, time.total * factor),
         tokens_per_second=tokens_per_second,
         mfu=flops / peak if peak else None,
     )

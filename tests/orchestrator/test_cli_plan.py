@@ -44,7 +44,7 @@ def test_other_hardware_is_held_against_the_clusters_own(fivefold: Fivefold) -> 
     assert document["what_if"] == {"assumed": ["hardware.memory=141GB"], "without": own, "without_reason": None}
     assert document["plans"][0]["step_seconds"] <= own["step_seconds"]
     answer = fivefold(*JOB, "--what-if", "hardware.memory=141GB")
-    assert line_of(answer, "what if") == "what if  memory_bytes were 141.00 GB, not 84.83 GB"
+    assert line_of(answer, "what if") == "what if  memory_bytes were 141.00 GB, not 84.94 GB"
     assert "% shorter than " in line_of(answer, "         then ")
 
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_asked(fivefold: Fivefold, arguments: Any, path: str, nea
 
 def test_a_job_that_fits_nowhere_hears_what_holds_the_memory_and_what_would_do(fivefold: Fivefold) -> None:
     said = refused(fivefold("plan", "mixtral_8x22b"), "cluster.nodes=1")
-    assert re.search(r"needs [\d.]+ GiB a device, which has 79\.0 GiB; of that \w+ [\d.]+ GiB, \w+ ", said)
+    assert re.search(r"needs [\d.]+ GiB a device, which has 79\.1 GiB; of that \w+ [\d.]+ GiB, \w+ ", said)
     said = refused(fivefold("plan", "mixtral_8x22b", "cluster.nodes=3", "train.global_batch=192"), "cluster.nodes=3")
     nodes = int(said.rpartition("nodes=")[2])
     assert fivefold("plan", "mixtral_8x22b", f"cluster.nodes={nodes}", "train.global_batch=192").code == 0

@@ -5,7 +5,6 @@ Each part runs on ranks of its own, so that one that fails or hangs leaves the o
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from orchestrator.worker.profiling.timing import tell
 from orchestrator.worker.ranks import Ranks
 from parallel.evidence.machine import COLLECTIVES
 
+CPU_RANKS = 4
+"""That a machine without GPUs is measured with, as the shipped cluster of one has."""
 DEVICE_SHARE, HOST_SHARE = 0.55, 0.1
 """Of the time; the collectives share the rest."""
 IMPORT_SECONDS = 120.0
@@ -30,7 +31,7 @@ def main() -> None:
     seconds = float(sys.argv[1])
     kind = "cuda" if torch.cuda.device_count() else "cpu"
     ranks = Ranks(kind, preload=("orchestrator.worker.profiling.kernels", "orchestrator.worker.profiling.links"))
-    world = torch.cuda.device_count() if kind == "cuda" else max(2, len(os.sched_getaffinity(0)))
+    world = torch.cuda.device_count() if kind == "cuda" else CPU_RANKS
     facts: dict[str, Any] = ranks.run(1, machine.facts, kind, seconds=IMPORT_SECONDS)[0]
     tell(machine={**facts, "kind": kind, "devices": world})
     free = facts["free_bytes"] // (1 if kind == "cuda" else world)

@@ -51,6 +51,7 @@ class Kernels:
         """Bytes between two uses of the same memory, so that none is found in the cache."""
         self.main = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.precision = "bf16" if device.type == "cuda" else "fp32"
+        self._warm = [self._random(4096, 4096) for _ in range(3)] if device.type == "cuda" else []
 
     @property
     def all(self) -> dict[str, tuple[float, Callable[[float], None]]]:
@@ -72,18 +73,12 @@ class Kernels:
         elements = min(self.limit // 2, 2**31 if self.device.type == "cuda" else 2**27) // self.main.itemsize
         source = torch.ones(elements, dtype=self.main, device=self.device)
         call = partial(torch.add, source, 1, out=torch.empty_like(source))
-        sample("copy", timed(self.device, [call], seconds), bytes=2 * elements * self.main.itemsize)
+        sample("copy", self._timed([call], seconds), bytes=2 * elements * self.main.itemsize)
 
     def kernels(self, seconds: float) -> None:
-        """A chain of the smallest kernels in a CUDA graph, so that the host takes no part."""
-        number, small = 200, torch.zeros(1024, device=self.device)
-        graph = torch.cuda.CUDAGraph()
-        small.add_(1.0)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(number):
-                small.add_(1.0)
-        sample("kernel", timed(self.device, [graph.replay], seconds) / number)
+        """One of the smallest after another."""
+        small = torch.zeros(1024, device=self.device)
+        sample("kernel", self._timed([lambda: small.add_(1.0)], seconds))
 
     def launches(self, seconds: float) -> None:
         """Operations of a layer on tensors so small that the host's part is all there is, recorded for backward."""
@@ -156,7 +151,7 @@ class Kernels:
             backward = partial(torch.autograd.grad, out, inputs, torch.randn_like(out), retain_graph=True)
             sizes = {"sequences": sequences, "length": length, "heads": heads, "width": width}
             for what, call in (("attention", forward), ("attention_backward", backward)):
-                sample(what, timed(self.device, [call], seconds / len(shapes) / 2), self.precision, **sizes)
+                sample(what, self._timed([call], seconds / len(shapes) / 2), self.precision, **sizes)
 
     def _products(
         self, shapes: Sequence[tuple[int, int, int]], kind: torch.dtype, precision: str, seconds: float
@@ -181,8 +176,16 @@ class Kernels:
             copies = max(1, math.ceil(self._apart / size))
             if copies * size <= self.limit:
                 made = [calls(groups, m, n, k) for _ in range(copies)]
-                taken = timed(self.device, made, seconds / len(shapes))
+                taken = self._timed(made, seconds / len(shapes))
                 sample(what, taken, precision, m=m, n=n, k=k, groups=groups)
+
+    def _timed(self, calls: Sequence[Call], seconds: float) -> float:
+        return timed(self.device, calls, seconds, self._work)
+
+    def _work(self, number: int) -> None:
+        """Products of 0.2 ms or more before each timing: a GPU in training is at its limit of power, and the slower."""
+        for _ in range(8 + number // 2):
+            torch.mm(self._warm[0], self._warm[1], out=self._warm[2])
 
     def _random(self, *sizes: int, kind: torch.dtype | None = None) -> Tensor:
         return torch.randn(sizes, device=self.device, dtype=kind or self.main)

@@ -11,14 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.worker.profiling.timing import BATCHES, MOST_CALLS, Call, gpu_batch, sample, tell
+from orchestrator.worker.profiling.timing import BATCHES, MOST_CALLS, Call, gpu_batch, idle, sample, tell
 
 TOTAL_BYTES = {
     "cuda": (2**16, 2**20, 2**23, 2**26, 2**28, 2**30),
-    "cpu": (2**12, 2**16, 2**20, 2**23),
+    "cpu": (2**12, 2**18, 2**22),
 }
 """That each rank holds before an all-reduce or an all-to-all, or after an all-gather."""
-_AXES = ("tp", "cp", "dp", "pp", "ep")
 COPIED_BYTES = (2**16, 2**20, 2**24, 2**28)
 _ADAM_PARAMETERS = {"cuda": 2**25, "cpu": 2**23}
 
@@ -71,9 +70,10 @@ def host(rank: int, kind: str, free_bytes: int, seconds: float) -> None:
             taken = _together(_copy(to, source), device, seconds / 4 / len(COPIED_BYTES))
             if rank == 0:
                 sample(name, taken, bytes=size)
-    # What training opens: a communicator for each axis of a layout, and the workspace of products.
+    # Beside the one of all ranks a communicator for each axis over which so many devices can be divided, and one for
+    # the experts'; and the workspace of products.
     weight = torch.ones(1024, 1024, device=device, dtype=torch.bfloat16)
-    for _ in _AXES:
+    for _ in range(world.bit_length()):
         dist.all_reduce(weight @ weight, group=dist.new_group(list(range(world))))
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
@@ -127,7 +127,7 @@ def _batch(call: Call | None, device: torch.device, number: int) -> float:
     if call is None:
         return 0.0
     if device.type == "cuda":
-        return gpu_batch([call], number)
+        return gpu_batch([call], number, idle)
     start = time.perf_counter()
     for _ in range(number):
         call()

@@ -87,13 +87,24 @@ def test_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 def test_planning(capsys: pytest.CaptureFixture[str]) -> None:
     spec = job("layout=auto", "cluster=h200_x8", "model=mixtral_8x7b", "train=pretrain")
     found = plan_job(spec)
-    plan_tables.planning(spec, found, 2, None)
+    plan_tables.planning(spec, found, 2, None, 0)
     lines = printed(capsys)
     assert lines[0] == "quickstart on 1 x 8 h200, bf16"
     assert lines[1] == (
         f"{found.considered} candidates, {len(found.plans)} fit; the first is what `run` and `submit` take"
     )
-    assert lines[3].split() == ["layout", "micro-batch", "count", "step", "tokens/s", "MFU", "memory"]
+    assert lines[3].split() == [
+        "layout",
+        "micro-batch",
+        "count",
+        "step",
+        "nine",
+        "of",
+        "ten",
+        "tokens/s",
+        "MFU",
+        "memory",
+    ]
     for line, plan in zip(lines[4:6], found.plans, strict=False):
         assert plan.layout.label in line
         assert plan.mfu is not None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from jobs.errors import InputError
-from parallel.estimates.costs import TimeEstimate, estimate_time
+from parallel.estimates import layers
+from parallel.estimates.costs import VARIATION, TimeEstimate, estimate_time
 from parallel.estimates.hardware import hardware
 from parallel.estimates.network import Network
+from parallel.estimates.software import Software
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 
@@ -89,8 +91,32 @@ def test_work_shrinks_with_the_ranks_that_share_it(make_job: Any) -> None:
         return estimate(make_job, layout, model="llama3_8b", cluster="h100_x8").compute
 
     assert compute(tp=2) < compute()
-    assert compute(tp=2) == pytest.approx(compute() / 2, rel=0.01)
-    assert compute(dp=2) == pytest.approx(compute() / 2)
+    # Two devices are as fast as the slower one.
+    slower = compute(dp=2) / (compute() / 2)
+    assert 1 < slower < 1 + VARIATION
+    assert compute(tp=2) == pytest.approx(slower * compute() / 2, rel=0.01)
+
+
+def test_the_slowest_of_many_devices_makes_the_rest_wait(make_job: Any) -> None:
+    def compute(devices: int) -> float:
+        return estimate(make_job, {"dp": devices}, model="llama3_8b", cluster="h100_x8", global_batch=devices).compute
+
+    # 2.4 and 3.0 standard deviations above the mean: the expected maximum of 64 and of 512 (Tippett 1925).
+    assert compute(64) / compute(1) - 1 == pytest.approx(2.38 * VARIATION, rel=0.02)
+    assert compute(512) / compute(1) - 1 == pytest.approx(3.04 * VARIATION, rel=0.02)
+
+
+def test_latents_of_attention_are_priced_as_what_they_are(make_job: Any) -> None:
+    """DeepSeek-V2's attention of a layer: 4096 tokens, 128 heads (arXiv 2405.04434)."""
+    job = make_job("deepseek_v3", "h100_x8")
+    step, device = Workload.of(job, Layout(), 1), hardware("h100", 8)
+    parts = layers.attention_parts(step, device, Network(device, 8), Software())
+    model, tokens = job.model, step.tokens
+    flops = tokens * model.attention_flops(step.sequence_length)
+    seconds = sum(part.forward + part.backward for part in parts.values())
+    assert 0.4 < flops / seconds / device.bf16_flops < 0.95
+    again = estimate_time(replace(step, recompute=frozenset({"mla_up_proj"})), device)
+    assert again.compute > estimate_time(step, device).compute
 
 
 def test_virtual_stages_shorten_the_bubble_and_hide_what_they_send_but_while_they_fill(make_job: Any) -> None:
@@ -126,3 +152,14 @@ def test_a_laptop_shares_its_memory_and_cores_among_its_ranks() -> None:
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(InputError, match=r"^cluster.hardware=h10: unknown hardware; known: .*; nearest valid: h100$"):
         hardware("h10", 8)
+
+
+def test_gradients_that_a_kernel_adds_to_their_sum(make_job: Any) -> None:
+    """Each micro-batch, 10 bytes of each parameter of a rank: the bf16 gradient read, the fp32 sum read and written."""
+    step = Workload.of(make_job("llama3_8b", "h200_x8"), Layout(tp=8), 1)
+    device = hardware("h200", 8)
+    fused, added = (estimate_time(step, device, Software(gradients_fused=each)) for each in (True, False))
+    parameters = step.model.parameters / 8
+    expected = step.micro_batches * 10 * parameters / device.memory_bytes_per_second
+    assert added.compute - fused.compute == pytest.approx(expected, rel=0.01)
+    assert added.total - fused.total == pytest.approx(expected, rel=0.01)

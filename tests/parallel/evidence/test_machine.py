@@ -100,6 +100,17 @@ def test_a_profile_comes_back_from_the_seconds_it_predicts() -> None:
     assert grouped_rate(measured, TRUE) == pytest.approx(0.8)
 
 
+def test_groups_of_one_size_do_not_tell_a_hop_from_the_fixed_cost() -> None:
+    pairs = [each for each in timings(TRUE) if each.sizes.get("size") == 2]
+    found = measured_fields(Measured(pairs, {}, {}), nearest := hardware("h100", 8))
+    assert found["fast_link"].latency_seconds == nearest.fast_link.latency_seconds
+    assert found["fast_link"].bytes_per_second == pytest.approx(TRUE.fast_link.bytes_per_second, rel=0.02)
+    device = replace(TRUE, **found)
+    for total in links.TOTAL_BYTES["cuda"]:
+        seconds = [Network(each, 2).all_reduce(total, 2, 1) for each in (device, TRUE)]
+        assert seconds[0] == pytest.approx(seconds[1], rel=0.05)
+
+
 def h200s(count: int) -> list[dict[str, Any]]:
     """What the measuring process tells of a machine of `count` H200s before it times anything."""
     facts = {"device": "NVIDIA H200", "kind": "cuda", "devices": count, "torch": "2.11.0", "driver": "580.1"}

@@ -43,6 +43,6 @@ def test_the_fit_moves_to_where_outcomes_are() -> None:
         )
     )
     assert late["slack"] <= early["slack"]
-    assert late["spread"] < 0.3
+    assert late["slack"] < 0.3
     assert dict(memory.FITTED) == before
     assert json.loads((files("parallel.estimates") / "memory_fitted.json").read_text()) == before

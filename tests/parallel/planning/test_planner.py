@@ -63,7 +63,7 @@ def test_every_class_of_rejection_is_counted_with_an_example(make_job: Any) -> N
 def test_memorys_example_is_the_nearest_miss(make_job: Any) -> None:
     shown = message(make_job("mixtral_8x7b", "h100_x8"))
     assert shown.startswith("cluster.nodes=1: tp8 etp8 with micro_batch=1, recompute full needs 1")
-    assert "GiB a device, which has 79.0 GiB; " in shown
+    assert "GiB a device, which has 79.1 GiB; " in shown
     assert shown.endswith("nearest valid: nodes=2")
 
 
