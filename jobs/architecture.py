@@ -77,6 +77,10 @@ class ModelArchitecture(Spec):
             raise ValueError(f"kv_lora_rank={self.kv_lora_rank} needs rope_head_dim and value_head_dim above 0")
         return self
 
+    def __hash__(self) -> int:
+        """Of a few fields, which tell models apart well enough: estimates look a model up many thousand times."""
+        return hash((self.layers, self.hidden, self.heads, self.ffn, self.experts))
+
     @property
     def is_moe(self) -> bool:
         return self.experts > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -74,8 +74,19 @@ DEGREES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")
 RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 
 
+SIMPLEST: dict[str, Any] = {
+    "recompute": "none",
+    "recompute_modules": ("core_attn",),
+    "zero_stage": 1,
+    "optimizer_replicas": 1,
+    "offload_optimizer": "none",
+    "offload_parameters": "none",
+}
+"""The options of LayoutSpec that are planned where they are left None, each as an engine runs it without a plan."""
+
+
 class LayoutSpec(Spec):
-    """How a job is spread over ranks; of the degrees, those left None are planned. Names as in Megatron-Core.
+    """How a job is spread over ranks; what is left None is planned. Names as in Megatron-Core.
 
     Nothing here changes what is trained, but where tokens are dropped: `model.capacity_factor` counts what a rank sees.
     """
@@ -89,26 +100,37 @@ class LayoutSpec(Spec):
     etp: int | None = Field(None, ge=1)
     micro_batch: int | None = Field(None, ge=1, description="sequences a rank computes at once")
 
+    recompute: Literal["none", "selective", "full"] | None = Field(None, description="what backward computes again")
+    recompute_modules: tuple[RecomputedModule, ...] | None = Field(None, description="what selective recomputes")
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        None, description="sharded over data parallel ranks: 1 optimizer state, 2 gradients too, 3 weights too"
+    )
+    optimizer_replicas: int | None = Field(
+        None, ge=1, description="copies of the sharded optimizer state; above 1 each is sharded over a part of dp*cp"
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] | None = Field(
+        None, description="where its state is; null plans none or cpu"
+    )
+    offload_parameters: Literal["none", "cpu", "nvme"] | None = Field(
+        None, description="where weights are; null plans none or cpu"
+    )
+    nvme_folder: str | None = Field(None, description="where nvme offload keeps its files, on every node")
+
     context_attention: Literal["gather", "ring", "ulysses"] | None = Field(
         None, description="what cp exchanges: keys and values at once, or in turn, or heads; null: the engine's first"
     )
     dispatcher: Literal["alltoall", "allgather", "flex"] = Field("alltoall", description="how tokens reach experts")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="what backward computes again")
-    recompute_modules: tuple[RecomputedModule, ...] = Field(("core_attn",), description="what selective recomputes")
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="sharded over data parallel ranks: 1 optimizer state, 2 gradients too, 3 weights too"
-    )
-    optimizer_replicas: int = Field(
-        1, ge=1, description="copies of the sharded optimizer state; above 1 each is sharded over a part of dp*cp"
-    )
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    nvme_folder: str | None = Field(None, description="where nvme offload keeps its files, on every node")
 
     @property
     def degrees(self) -> dict[str, int]:
         """Those that are given."""
         return {axis: degree for axis in DEGREES if (degree := getattr(self, axis)) is not None}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of SIMPLEST, as they are given; or simplest, where they are not."""
+        given = {name: getattr(self, name) for name in SIMPLEST}
+        return {name: SIMPLEST[name] if value is None else value for name, value in given.items()}
 
 
 class TrainSpec(Spec):

@@ -131,7 +131,7 @@ def _recompute_options(layout: LayoutSpec) -> dict[str, Any]:
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if layout.recompute == "selective":
         # Experts' activations are LeanExperts' own affair.
-        modules = [module for module in layout.recompute_modules if module != "moe_act"]
+        modules = [module for module in layout.options["recompute_modules"] if module != "moe_act"]
         return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {}
 
@@ -176,7 +176,7 @@ class Provider(LocalSpecProvider):
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
     ) -> tuple[type, MLPSubmodules]:
-        lean = self._layout.recompute == "selective" and "moe_act" in self._layout.recompute_modules
+        lean = self._layout.recompute == "selective" and "moe_act" in self._layout.options["recompute_modules"]
         linears = MLPSubmodules(linear_fc1=self.column_parallel_linear(), linear_fc2=self.row_parallel_linear())
         return LeanExperts if lean else SequentialMLP, linears
 

@@ -82,7 +82,7 @@ def _nothing_to_recompute(job: JobSpec) -> str | None:
         "shared_experts": ("shared experts", _moe(job) and model.shared_expert_ffn),
     }
     if layout.recompute == "selective":
-        for module in layout.recompute_modules:
+        for module in layout.recompute_modules or ():
             what, present = layers.get(module, ("", True))
             if not present:
                 return f"{module} is of {what}, and {model.name} has none"
@@ -90,7 +90,9 @@ def _nothing_to_recompute(job: JobSpec) -> str | None:
 
 
 def _no_offload(field: str, what: str) -> Callable[[JobSpec], str | None]:
-    return when(lambda job: getattr(job.layout, field) != "none", f"the megatron engine keeps {what} on the device")
+    return when(
+        lambda job: getattr(job.layout, field) not in (None, "none"), f"the megatron engine keeps {what} on the device"
+    )
 
 
 JOB_RULES = (
@@ -148,7 +150,7 @@ JOB_RULES = (
         "layout.zero_stage",
         MEGATRON,
         when(
-            lambda job: job.layout.zero_stage != 1,
+            lambda job: job.layout.zero_stage not in (None, 1),
             "the megatron engine shards the optimizer's state and nothing else; "
             "layout.optimizer_replicas says over how many ranks",
         ),
@@ -188,7 +190,7 @@ def _no_experts(axis: str) -> Reason:
 
 def _optimizer_replicas(name: str, ranks: Callable[[Layout], int]) -> Reason:
     def reason(layout: Layout, job: JobSpec) -> str | None:
-        copies, spread = job.layout.optimizer_replicas, ranks(layout)
+        copies, spread = job.layout.optimizer_replicas or 1, ranks(layout)
         return None if spread % copies == 0 else f"optimizer_replicas={copies} does not divide {name}={spread}"
 
     return reason

@@ -9,13 +9,13 @@ from parallel.rules import DEEPSPEED, JobRule, Rule, when
 
 def _optimizer_state_stays(job: JobSpec) -> str | None:
     stage, place = job.layout.zero_stage, job.layout.offload_optimizer
-    least = {"none": 0, "cpu": 1, "nvme": 3}[place]
-    return None if stage >= least else f"wants zero_stage of at least {least}, zero_stage={stage}"
+    least = {None: 0, "none": 0, "cpu": 1, "nvme": 3}[place]
+    return None if stage is None or stage >= least else f"wants zero_stage of at least {least}, zero_stage={stage}"
 
 
 def _weights_stay(job: JobSpec) -> str | None:
     stage, place = job.layout.zero_stage, job.layout.offload_parameters
-    return None if stage == 3 or place == "none" else f"wants zero_stage=3, zero_stage={stage}"
+    return None if stage in (None, 3) or place in (None, "none") else f"wants zero_stage=3, zero_stage={stage}"
 
 
 def _weights_of_32_bits(job: JobSpec) -> str | None:
@@ -59,7 +59,7 @@ JOB_RULES = (
     JobRule(
         "layout.optimizer_replicas",
         DEEPSPEED,
-        when(lambda job: job.layout.optimizer_replicas > 1, "ZeRO shards over all data parallel ranks"),
+        when(lambda job: (job.layout.optimizer_replicas or 1) > 1, "ZeRO shards over all data parallel ranks"),
         nearest=1,
     ),
     JobRule(
@@ -92,7 +92,7 @@ def _sequence(layout: Layout, job: JobSpec) -> str | None:
 
 
 def _pipeline_under_zero(layout: Layout, job: JobSpec) -> str | None:
-    stage = job.layout.zero_stage
+    stage = job.layout.zero_stage or 0
     if layout.pp == 1 or stage < 2:
         return None
     return f"pp={layout.pp}: DeepSpeed's pipeline keeps gradients and weights whole; zero_stage={stage}, at most 1"
@@ -109,7 +109,7 @@ def _experts_follow_tensors(layout: Layout, job: JobSpec) -> str | None:
 
 
 def _experts_under_zero_3(layout: Layout, job: JobSpec) -> str | None:
-    if layout.ep == 1 or job.layout.zero_stage < 3:
+    if layout.ep == 1 or job.layout.zero_stage != 3:
         return None
     return f"ep={layout.ep}: ZeRO-3 shards a weight over all of dp, and experts differ there; zero_stage=3"
 

@@ -28,7 +28,7 @@ h1{font-size:20px}h2{font-size:16px;margin-top:2em}svg{display:block;font-size:1
 def page(job: JobSpec, plan: Plan, device: Hardware) -> str:
     """The whole HTML document."""
     cluster = job.cluster
-    title = f"{job.name} at {plan.layout.label} on {cluster.devices} {cluster.hardware}"
+    title = f"{job.name} at {plan.label} on {cluster.devices} {cluster.hardware}"
     facts = f"micro-batch {plan.micro_batch}, {plan.micro_batches} a step; {plan.time.total * 1e3:,.0f} ms a step"
     body = [f"<h1>{escape(title)}</h1><p>{facts}</p>", *_memory(job, plan, device), *_timeline(job, plan)]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
@@ -68,7 +68,7 @@ def _timeline(job: JobSpec, plan: Plan) -> Iterator[str]:
     after = sum(parts.get(name, 0.0) for name in _AT_THE_END)
     passes = plan.micro_batches * layout.vpp
     work = (plan.time.total - after) / (passes + layout.pp - 1)
-    backward = work * (3 / 4 if job.layout.recompute == "full" else 2 / 3)
+    backward = work * (3 / 4 if plan.options["recompute"] == "full" else 2 / 3)
     boxes = timeline(layout.pp, layout.vpp, plan.micro_batches, work - backward, backward)
     scheduled = max(box.end for box in boxes)
     scale = _PLOT / (scheduled + after)

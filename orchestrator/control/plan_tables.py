@@ -25,7 +25,7 @@ def planning(job: JobSpec, found: Planning, top: int, budget: Budget | None, mea
     rows = [
         [
             str(place),
-            plan.layout.label,
+            plan.label,
             str(plan.micro_batch),
             str(plan.micro_batches),
             f"{plan.time.total * 1e3:,.0f} ms",
@@ -51,15 +51,15 @@ def what_if(best: Plan, before: Plan | None, own: Hardware, device: Hardware) ->
     for name in (name for name in was if was[name] != assumed[name]):
         print(f"what if  {name} were {_number(name, assumed[name])}, not {_number(name, was[name])}")
     if before is None:
-        print(f"         then {best.layout.label} is best; as it is, nothing fits")
+        print(f"         then {best.label} is best; as it is, nothing fits")
     else:
-        print(f"         then {best.layout.label} is best, {_against(best.time.total, before.time.total)}", end=" ")
-        print(f"that of {before.layout.label}, the best as it is")
+        print(f"         then {best.label} is best, {_against(best.time.total, before.time.total)}", end=" ")
+        print(f"that of {before.label}, the best as it is")
 
 
 def explanation(plan: Plan, found: Explanation) -> None:
     """Where a step's time and a device's memory go, and the neighbours."""
-    print(f"\nwhy {plan.layout.label}, micro-batch {plan.micro_batch}\n")
+    print(f"\nwhy {plan.label}, micro-batch {plan.micro_batch}\n")
     total, held = plan.time.total, plan.memory.total
     rows = [[name, f"{part * 1e3:,.1f} ms", f"{part / total:.1%}"] for name, part in found.time.items()]
     print_table(None, _parts("time of a step"), [*rows, ["total", f"{total * 1e3:,.1f} ms", "100.0%"]])
@@ -88,7 +88,7 @@ def shapes(job: JobSpec, found: Sequence[Shape], top: int, budget: Budget | None
             *shape.values.values(),
             _billions(shape.parameters),
             _billions(shape.active_parameters),
-            plan.layout.label,
+            plan.label,
             *_speed(plan),
             *_spent(plan, job, budget),
         ]

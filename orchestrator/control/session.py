@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from jobs import compose
 from jobs.errors import CombinedInputError, InputError
-from jobs.spec import DEGREES, JobSpec
+from jobs.spec import DEGREES, SIMPLEST, JobSpec
 from models import huggingface_folder
 from orchestrator import manifests
 from orchestrator.control import cluster
@@ -104,7 +104,8 @@ def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
         raise CombinedInputError(refused)
     replanned = any(key.startswith(("layout", "cluster")) for key in keys)
     if replanned:
-        free = saved.layout.model_copy(update=dict.fromkeys((*DEGREES, "micro_batch")))
+        planned = [name for name in (*DEGREES, "micro_batch", *SIMPLEST) if getattr(saved.layout, name) != "nvme"]
+        free = saved.layout.model_copy(update=dict.fromkeys(planned))
         saved = saved.model_copy(update={"layout": free})
     job = compose.amend(saved, overrides)
     if replanned:

@@ -8,9 +8,11 @@ but for the time that a micro-batch needs through the others. Data-parallel coll
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cache, lru_cache
+from operator import attrgetter
 from statistics import NormalDist
+from typing import Any, NamedTuple
 
 from jobs.architecture import ModelArchitecture
 from parallel.estimates.hardware import Hardware
@@ -28,7 +30,12 @@ VARIATION = 0.015
 """Standard deviation of equal devices' speed: in five clusters 8% lay between the whiskers of its distribution, which
 are 5.4 standard deviations apart (Sinha et al., Not All GPUs Are Created Equal, SC 2022)."""
 
-Costs = tuple[tuple[float, float, float], ...]
+BY_STEP = ("zero_stage", "optimizer_replicas", "optimizer_offloaded", "weights_offloaded")
+"""Fields of a workload on which only what is done once a step depends, or beside the layers' own work."""
+_LAYERS_BY = tuple(field.name for field in fields(Workload) if field.name not in (*BY_STEP, "layout", "global_batch"))
+"""Those on which the cost of a micro-batch depends, beside degrees of its layout."""
+_layers_by = attrgetter(*_LAYERS_BY)
+_once_by = attrgetter("layout", "shards", "expert_shards", *BY_STEP, "gradient_bytes", "element")
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,7 @@ class TimeEstimate:
         return sum((float(seconds) for seconds in vars(self).values()), 0.0)
 
 
-@dataclass(frozen=True)
-class _Pass:
+class _Pass(NamedTuple):
     """A stage's micro-batch, forward and backward; `forward` and `backward` are their shares of compute and waiting."""
 
     compute: float
@@ -71,13 +77,24 @@ class _Pass:
     tensor: float
     expert: float
     context: float
-    pipeline: float
     forward: float
     backward: float
 
     @property
     def total(self) -> float:
-        return self.compute + self.launch + self.tensor + self.expert + self.context + self.pipeline
+        """But for what is sent to other stages."""
+        return self.compute + self.launch + self.tensor + self.expert + self.context
+
+
+class _Once(NamedTuple):
+    """Seconds of what a stage does beside micro-batches' own work, before anything of it is hidden."""
+
+    gradients: float
+    weights: float
+    optimizer: float
+    host: float
+    streamed: float
+    """For weights that live on the host, of each micro-batch."""
 
 
 def estimate_time(workload: Workload, hardware: Hardware, run_by: Software | None = None) -> TimeEstimate:
@@ -85,72 +102,130 @@ def estimate_time(workload: Workload, hardware: Hardware, run_by: Software | Non
     ours = run_by or software(workload.software)
     network = Network(hardware, workload.devices_per_node)
     layout, micro_batches = workload.layout, workload.micro_batches
-    kinds = _kinds(workload.model, layout)
-    # Layers cost the same however many replicas and stages there are, and are kept by what they depend on.
-    shape = Layout(tp=layout.tp, cp=layout.cp, dp=layout.ep * layout.etp, ep=layout.ep, etp=layout.etp, sp=layout.sp)
-    costs = _parts(replace(workload, layout=shape, global_batch=workload.micro_batch * shape.dp), network, ours)
-    passes = {stage: _pass(workload, stage, costs, network, ours) for stage, _ in kinds}
-    every = sum(number * passes[stage].total for stage, number in kinds)
-
-    def of_stage(stage: Stage) -> TimeEstimate:
-        one = passes[stage]
-        data, offload = _data(workload, stage, one, hardware, network, ours)
-        return TimeEstimate(
-            compute=micro_batches * one.compute,
-            launch=micro_batches * one.launch,
-            tensor=micro_batches * one.tensor,
-            expert=micro_batches * one.expert,
-            context=micro_batches * one.context,
-            pipeline=micro_batches * one.pipeline,
-            bubble=(every - one.total) / layout.vpp,
-            data=data,
-            optimizer=_optimizer(workload, stage, hardware),
-            offload=offload,
-            fixed=ours.step_seconds,
-        )
-
-    return max((of_stage(stage) for stage in passes), key=lambda estimate: estimate.total)
+    kinds, passes, totals, sends = _passes(workload, network, ours)
+    every = sum(number * total for (_, number), total in zip(kinds, totals, strict=True))
+    slowest: tuple[float, ...] = ()
+    longest = -1.0
+    by_step = _once_by(workload)
+    for (stage, _), one, total in zip(kinds, passes, totals, strict=True):
+        once = _once(stage, network, ours, *by_step)
+        bubble = (every - total) / layout.vpp
+        data = _exposed(workload, one, once, ours)
+        offload = once.host + max(0.0, micro_batches * (once.streamed - total))
+        seconds = micro_batches * total + bubble + data + once.optimizer + offload
+        if seconds > longest:
+            longest = seconds
+            work = (one.compute, one.launch, one.tensor, one.expert, one.context, sends)
+            slowest = (
+                *(micro_batches * part for part in work),
+                bubble,
+                data,
+                once.optimizer,
+                offload,
+                ours.step_seconds,
+            )
+    return TimeEstimate(*slowest)
 
 
-@lru_cache(maxsize=1 << 10)
+def least_time(workload: Workload, hardware: Hardware) -> float:
+    """Seconds that a step takes at least: its schedule, without what is done once a step. It is quickly found."""
+    ours = software(workload.software)
+    kinds, _, totals, _ = _passes(workload, Network(hardware, workload.devices_per_node), ours)
+    longest = max(totals)
+    every = sum(number * total for (_, number), total in zip(kinds, totals, strict=True))
+    # A hair less, for sums in another order.
+    return (workload.micro_batches * longest + (every - longest) / workload.layout.vpp) * (1 - 1e-9)
+
+
+def _passes(
+    workload: Workload, network: Network, ours: Software
+) -> tuple[tuple[tuple[Stage, int], ...], list[_Pass], list[float], float]:
+    """Kinds of stages, a micro-batch on each, its seconds with sends, and those of sends."""
+    shape = _shape(workload, network, ours)
+    kinds = _kinds(workload.model, workload.layout)
+    passes = [shape.of(stage, workload.layout.world) for stage, _ in kinds]
+    sends = _sends(workload, network, ours)
+    return kinds, passes, [one.total + sends for one in passes], sends
+
+
+@lru_cache(maxsize=1 << 16)
 def _kinds(model: ModelArchitecture, layout: Layout) -> tuple[tuple[Stage, int], ...]:
     """Stages of equal shape take equal time: one of each, and how many there are."""
     return tuple(Counter(stages(model, layout)).items())
 
 
-def _pass(workload: Workload, stage: Stage, costs: Costs, network: Network, ours: Software) -> _Pass:
-    dense_layers, moe_layers, heads = stage.dense_layers, stage.moe_layers, stage.is_last
-    cost = Cost(*(dense_layers * dense + moe_layers * moe + heads * last for dense, moe, last in costs))
+class _Shape:
+    """What the layers of a micro-batch cost on one rank, and stages of so many of them."""
+
+    def __init__(self, workload: Workload, network: Network, ours: Software) -> None:
+        hardware = network.hardware
+        self._launch = hardware.launch_seconds * ours.launch
+        # Where it is not fused, a gradient is read where the product wrote it, and added to the sum.
+        self._sum = 0.0 if ours.gradients_fused else (workload.element + 8) / hardware.memory_bytes_per_second
+        sending = min(1.0, SENDING_PROCESSORS / hardware.processors)
+        self._overlap = sending if workload.experts_overlap else 0.0
+        parts = (*layer(workload, hardware, network, ours), head(workload, hardware, network, ours))
+        self._costs = tuple(zip(*(vars(part).values() for part in parts), strict=True))
+        self._stages: dict[tuple[Stage, int], _Pass] = {}
+
+    def of(self, stage: Stage, world: int) -> _Pass:
+        found = self._stages.get((stage, world))
+        if found is None:
+            found = self._stages[stage, world] = self._pass(stage, _slowest(world))
+        return found
+
+    def _pass(self, stage: Stage, slowest: float) -> _Pass:
+        dense_layers, moe_layers, heads = stage.dense_layers, stage.moe_layers, stage.is_last
+        cost = Cost(*(dense_layers * dense + moe_layers * moe + heads * last for dense, moe, last in self._costs))
+        host = self._launch * cost.kernels
+        summing = (stage.dense_parameters + stage.expert_parameters) * self._sum
+        forward, backward = slowest * cost.forward, slowest * (cost.backward + summing)
+        waits = _waits(host, forward + cost.collectives_forward)
+        waits += _waits(2 * host, backward + cost.collectives_backward)
+        compute, expert = forward + backward, cost.expert_forward + cost.expert_backward
+        if self._overlap:
+            # While tokens travel, the kernels that send them keep their share of the processors from computation.
+            compute += self._overlap * expert
+            expert = max(0.0, expert - compute)
+        return _Pass(
+            compute=compute,
+            launch=waits,
+            tensor=cost.tensor_forward + cost.tensor_backward,
+            expert=expert,
+            context=cost.context_forward + cost.context_backward,
+            forward=forward + cost.collectives_forward,
+            backward=backward + cost.collectives_backward,
+        )
+
+
+def _shape(workload: Workload, network: Network, ours: Software) -> _Shape:
+    """Layers cost the same however many replicas and stages there are, and are kept by what they depend on."""
     layout = workload.layout
-    slowest = _slowest(layout.world)
-    sends = 0.0
-    if layout.pp > 1:
-        activation = workload.element * workload.tokens * workload.model.hidden / (layout.tp if layout.sp else 1)
-        if not layout.sp and layout.tp > 1:
-            activation /= layout.tp  # scattered over the group and gathered again behind the stage boundary
-        sends = 2 * network.send(activation, layout.tp * layout.cp * layout.dp) * _sends_waited_for(workload, ours)
-    host = network.hardware.launch_seconds * ours.launch * cost.kernels
-    summed = 0.0
-    if not ours.gradients_fused:  # read where the product wrote them, and added to their sum
-        summed = (stage.dense_parameters + stage.expert_parameters) * (workload.element + 8)
-    summing = summed / network.hardware.memory_bytes_per_second
-    forward, backward = slowest * cost.forward, slowest * (cost.backward + summing)
-    waits = _waits(host, forward + cost.collectives_forward) + _waits(2 * host, backward + cost.collectives_backward)
-    compute, expert = forward + backward, cost.expert_forward + cost.expert_backward
-    if workload.experts_overlap:
-        # While tokens travel, the kernels that send them keep their share of the processors from computation.
-        compute += min(1.0, SENDING_PROCESSORS / network.hardware.processors) * expert
-        expert = max(0.0, expert - compute)
-    return _Pass(
-        compute=compute,
-        launch=waits,
-        tensor=cost.tensor_forward + cost.tensor_backward,
-        expert=expert,
-        context=cost.context_forward + cost.context_backward,
-        pipeline=sends,
-        forward=forward + cost.collectives_forward,
-        backward=backward + cost.collectives_backward,
-    )
+    degrees = layout.tp, layout.cp, layout.ep, layout.etp, layout.sp
+    key = (degrees, *_layers_by(workload), network, ours)
+    found = _SHAPES.get(key)
+    if found is None:
+        if len(_SHAPES) >= _MOST_SHAPES:
+            _SHAPES.clear()
+        alone = Layout(layout.tp, layout.cp, layout.ep * layout.etp, ep=layout.ep, etp=layout.etp, sp=layout.sp)
+        given = dict(zip(_LAYERS_BY, _layers_by(workload), strict=True))
+        batch = workload.micro_batch * alone.dp
+        found = _SHAPES[key] = _Shape(Workload(layout=alone, global_batch=batch, **given), network, ours)
+    return found
+
+
+_SHAPES: dict[Any, _Shape] = {}
+_MOST_SHAPES = 1 << 16
+
+
+def _sends(workload: Workload, network: Network, ours: Software) -> float:
+    """Of a micro-batch: seconds that a stage waits for the one before it and, backward, for the one behind."""
+    layout = workload.layout
+    if layout.pp == 1:
+        return 0.0
+    # Without sequence parallelism too it is scattered over the group, and gathered again behind the stage boundary.
+    activation = workload.element * workload.tokens * workload.model.hidden / layout.tp
+    return 2 * network.send(activation, layout.tp * layout.cp * layout.dp) * _sends_waited_for(workload, ours)
 
 
 def _sends_waited_for(workload: Workload, ours: Software) -> float:
@@ -183,20 +258,23 @@ def _waits(host: float, device: float) -> float:
     return float((host**3 + device**3) ** (1 / 3) - device)
 
 
-@lru_cache(maxsize=1 << 12)
-def _parts(workload: Workload, network: Network, ours: Software) -> Costs:
-    """Each field of Cost: of a dense layer, of an MoE layer, of the head."""
-    hardware = network.hardware
-    parts = (*layer(workload, hardware, network, ours), head(workload, hardware, network, ours))
-    return tuple(zip(*(vars(part).values() for part in parts), strict=True))
-
-
-def _data(
-    workload: Workload, stage: Stage, one: _Pass, hardware: Hardware, network: Network, ours: Software
-) -> tuple[float, float]:
-    """What is not hidden of data-parallel collectives, and of the traffic with the host."""
-    layout, stages_apart = workload.layout, workload.zero_stage
-    replicas = layout.dp * layout.cp
+@lru_cache(maxsize=1 << 16)
+def _once(
+    stage: Stage,
+    network: Network,
+    ours: Software,
+    layout: Layout,
+    shards: int,
+    expert_shards: int,
+    zero_stage: int,
+    optimizer_replicas: int,
+    optimizer_offloaded: float,
+    weights_offloaded: bool,
+    gradient_bytes: int,
+    element: int,
+) -> _Once:
+    """Data-parallel collectives, the optimizer, and the traffic with the host."""
+    hardware, replicas = network.hardware, layout.dp * layout.cp
 
     def both(bytes_each: float, reduce: bool = False) -> float:
         collective = network.all_reduce if reduce else network.all_gather
@@ -207,35 +285,29 @@ def _data(
             experts = collective(stage.expert_parameters * bytes_each, layout.edp, layout.etp * layout.ep)
         return ours.data * (dense + experts)
 
-    if stages_apart == 3:
+    shard = stage.dense_parameters / shards + stage.expert_parameters / expert_shards
+    stepped = shard if zero_stage else stage.dense_parameters + stage.expert_parameters
+    share, link = optimizer_offloaded, hardware.host_link.bytes_per_second
+    host = share * shard * ((gradient_bytes + element) / link + 28 / hardware.host_adam_bytes_per_second)
+    # Adam is bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written.
+    # Before it gradients are read for their norm and scaled.
+    optimizer = stepped * ((28 + element) * (1 - share) + 3 * gradient_bytes) / hardware.memory_bytes_per_second
+    whole = ours.gradients_whole or zero_stage == 0
+    return _Once(
+        gradients=both(4 if ours.gradients_whole and zero_stage != 3 else gradient_bytes, whole and zero_stage != 3),
+        weights=both(element) if zero_stage else 0.0,
+        optimizer=optimizer,
+        host=host,
+        streamed=2 * shard * element / link if weights_offloaded else 0.0,
+    )
+
+
+def _exposed(workload: Workload, one: _Pass, once: _Once, ours: Software) -> float:
+    """What is not hidden of data-parallel collectives."""
+    gradients, weights = once.gradients, once.weights
+    forward, backward = ours.weights_hidden * one.forward, ours.gradients_hidden * one.backward
+    if workload.zero_stage == 3:
         # Weights are gathered for forward and again for backward, gradients scattered, of each micro-batch (FSDP).
-        gather, scatter = both(workload.element), both(workload.gradient_bytes)
-        exposed = max(0.0, gather - ours.weights_hidden * one.forward)
-        exposed += max(0.0, gather + scatter - ours.gradients_hidden * one.backward)
-        exposed *= workload.micro_batches
-    else:
-        whole = ours.gradients_whole or stages_apart == 0
-        gradients = both(4 if ours.gradients_whole else workload.gradient_bytes, reduce=whole)
-        gradients *= workload.micro_batches if stages_apart == 2 else 1
-        weights = both(workload.element) if stages_apart else 0.0
-        exposed = max(0.0, gradients - ours.gradients_hidden * one.backward)
-        exposed += max(0.0, weights - ours.weights_hidden * one.forward)
-    shard = stage.dense_parameters / workload.shards + stage.expert_parameters / workload.expert_shards
-    share = workload.optimizer_offloaded
-    host = share * shard * (workload.gradient_bytes + workload.element) / hardware.host_link.bytes_per_second
-    host += share * shard * 28 / hardware.host_adam_bytes_per_second
-    if workload.weights_offloaded:
-        traffic = 2 * workload.micro_batches * shard * workload.element
-        host += max(0.0, traffic / hardware.host_link.bytes_per_second - workload.micro_batches * one.total)
-    return exposed, host
-
-
-def _optimizer(workload: Workload, stage: Stage, hardware: Hardware) -> float:
-    """Adam, bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written.
-
-    Before it gradients are read for their norm and scaled.
-    """
-    dense = stage.dense_parameters / (workload.shards if workload.zero_stage else 1)
-    experts = stage.expert_parameters / (workload.expert_shards if workload.zero_stage else 1)
-    bytes_each = (28 + workload.element) * (1 - workload.optimizer_offloaded) + 3 * workload.gradient_bytes
-    return (dense + experts) * bytes_each / hardware.memory_bytes_per_second
+        return workload.micro_batches * (max(0.0, weights - forward) + max(0.0, weights + gradients - backward))
+    gradients *= workload.micro_batches if workload.zero_stage == 2 else 1
+    return max(0.0, gradients - backward) + max(0.0, weights - forward)

@@ -86,7 +86,7 @@ def head(workload: Workload, hardware: Hardware, network: Network, ours: Softwar
 def _with_recompute(workload: Workload, parts: dict[str, Cost]) -> Cost:
     again = parts if "layer" in workload.recompute else [name for name in parts if name in workload.recompute]
     if "moe" in workload.recompute:
-        again = [*again, *(name for name in ("moe_act",) if name in parts and name not in again)]
+        again = [*again, *(name for name in ("moe_act", "shared_experts") if name in parts and name not in again)]
     return sum([*parts.values(), *(parts[name].again for name in again)], Cost())
 
 

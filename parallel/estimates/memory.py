@@ -145,16 +145,33 @@ def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
 
 def estimate_memory(workload: Workload, device: Hardware) -> MemoryEstimate:
     """Bytes on a rank of the pipeline stage that holds most."""
-    return max(stage_memory(workload, device), key=lambda estimate: estimate.total)
+    # Of equal stages the first has most micro-batches in flight.
+    parts = _parts(workload, device, _unequal(workload.model, workload.layout))
+    return MemoryEstimate(*max(parts, key=sum))
 
 
 def stage_memory(workload: Workload, device: Hardware) -> list[MemoryEstimate]:
     """Bytes on a rank of each pipeline stage, first to last."""
+    every = tuple(enumerate(stages(workload.model, workload.layout)))
+    return [MemoryEstimate(*parts) for parts in _parts(workload, device, every)]
+
+
+@lru_cache(maxsize=1 << 16)
+def _unequal(model: ModelArchitecture, layout: Layout) -> tuple[tuple[int, Stage], ...]:
+    """The first of each kind of stage, with its number."""
+    found: dict[Stage, int] = {}
+    for index, stage in enumerate(stages(model, layout)):
+        found.setdefault(stage, index)
+    return tuple((index, stage) for stage, index in found.items())
+
+
+def _parts(workload: Workload, device: Hardware, asked: tuple[tuple[int, Stage], ...]) -> list[tuple[int, ...]]:
+    """Fields of MemoryEstimate for some of the stages, each with its number."""
     model, layout, element = workload.model, workload.layout, workload.element
     dense = layer_bytes(workload, moe=False) if model.dense_layers else None
     moe = layer_bytes(workload, moe=True) if model.moe_layers else None
-    kept_dense, kept_moe = (each.kept if each else 0.0 for each in (dense, moe))
-    workspace = _workspace(workload) + max(each.again for each in (dense, moe) if each)
+    kept_dense, kept_moe = dense.kept if dense else 0.0, moe.kept if moe else 0.0
+    workspace = _workspace(workload) + max(dense.again if dense else 0.0, moe.again if moe else 0.0)
     logit_bytes = FITTED["whole_logit_bytes"]
     if workload.loss != "whole":
         logit_bytes = LOGIT_ELEMENTS[workload.loss] * element / layout.tp
@@ -164,36 +181,32 @@ def stage_memory(workload: Workload, device: Hardware) -> list[MemoryEstimate]:
     )
     # Mixed precision keeps an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
     optimizer_bytes = 2 * workload.moment_bytes + (0 if workload.precision == "fp32" else 4)
-    reserved = device.reserved_bytes * (1 - COMMUNICATOR_SHARE * sum(size == 1 for size in _groups(layout)))
-    estimates = []
-    for index, stage in enumerate(stages(model, layout)):
+    on_device = 1 - workload.optimizer_offloaded
+    reserved = device.reserved_bytes * (1 - COMMUNICATOR_SHARE * _groups(layout).count(1))
+    sharded, shards, expert_shards = workload.zero_stage, workload.shards, workload.expert_shards
+    micro_batches, gradient_bytes = workload.micro_batches, workload.gradient_bytes
+    weight_bytes = 0.0 if workload.weights_offloaded else element
+    found = []
+    for index, stage in asked:
         parameters = stage.dense_parameters + stage.expert_parameters
-        shard = stage.dense_parameters / workload.shards + stage.expert_parameters / workload.expert_shards
-        sharded = workload.zero_stage
-        optimizer = (shard if sharded >= 1 else parameters) * (1 - workload.optimizer_offloaded)
+        shard = stage.dense_parameters / shards + stage.expert_parameters / expert_shards
         layers = stage.dense_layers * kept_dense + stage.moe_layers * kept_moe
         # The head's turn is over before a block's begins: the larger of the two counts.
         logits = head if stage.is_last and head > workspace else 0.0
-        activations = in_flight(layout, index, workload.micro_batches) * layers
+        activations = in_flight(layout, index, micro_batches) * layers
         alive = 0.0 if logits else workspace
-        update = shard * 4 if workload.gradient_bytes < 4 else 0.0
+        update = shard * 4 if gradient_bytes < 4 else 0.0
         if update > activations + logits + alive:
             activations = logits = alive = 0.0
         else:
             update = 0.0
-        allocated = {
-            "weights": 0.0 if workload.weights_offloaded else (parameters if sharded < 3 else shard) * element,
-            "gradients": (parameters if sharded < 2 else shard) * workload.gradient_bytes,
-            "optimizer": optimizer * optimizer_bytes,
-            "activations": activations,
-            "logits": logits,
-            "workspace": alive,
-            "update": update,
-        }
+        weights = (parameters if sharded < 3 else shard) * weight_bytes
+        gradients = (parameters if sharded < 2 else shard) * gradient_bytes
+        optimizer = (shard if sharded >= 1 else parameters) * on_device * optimizer_bytes
+        allocated = weights, gradients, optimizer, activations, logits, alive, update
         overhead = reserved + FITTED["slack"] * (activations + alive + update)
-        parts = {name: round(value) for name, value in allocated.items()}
-        estimates.append(MemoryEstimate(**parts, overhead=round(overhead)))
-    return estimates
+        found.append((*map(round, allocated), round(overhead)))
+    return found
 
 
 def _groups(layout: Layout) -> tuple[int, ...]:

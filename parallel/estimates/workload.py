@@ -77,8 +77,8 @@ class Workload:
     @classmethod
     def of(cls, job: JobSpec, layout: Layout, micro_batch: int) -> Workload:
         """A job's step at a layout; what the job leaves to the engine is as the engine chooses."""
-        options = job.layout
-        modules = {"none": (), "selective": options.recompute_modules, "full": ("layer",)}[options.recompute]
+        options = job.layout.options
+        modules = {"none": (), "selective": options["recompute_modules"], "full": ("layer",)}[options["recompute"]]
         own: Literal["gather", "ulysses"] = "ulysses" if job.engine == "deepspeed" else "gather"
         on_gpu = job.cluster.device == "cuda"  # a CPU's memory is its device's: nothing leaves it
         return cls(
@@ -90,16 +90,22 @@ class Workload:
             precision=job.train.precision,
             devices_per_node=job.cluster.devices_per_node,
             recompute=frozenset(modules),
-            context_attention=options.context_attention or own,
-            dispatcher=options.dispatcher,
-            zero_stage=options.zero_stage,
-            optimizer_replicas=options.optimizer_replicas,
+            context_attention=job.layout.context_attention or own,
+            dispatcher=job.layout.dispatcher,
+            zero_stage=options["zero_stage"],
+            optimizer_replicas=options["optimizer_replicas"],
             # Neither engine fuses SwiGLU: both keep silu's output, and Megatron's MLP the gate plus its offset.
             activation_copies=1 if job.engine == "deepspeed" else 2,
             software=OURS if job.engine == "megatron" and on_gpu else "",
-            optimizer_offloaded=float(on_gpu and options.offload_optimizer != "none"),
-            weights_offloaded=on_gpu and options.offload_parameters != "none",
+            optimizer_offloaded=float(on_gpu and options["offload_optimizer"] != "none"),
+            weights_offloaded=on_gpu and options["offload_parameters"] != "none",
         )
+
+    def at(self, layout: Layout, micro_batch: int) -> Workload:
+        """The same step otherwise laid out; as `dataclasses.replace`, but quick."""
+        other = object.__new__(Workload)
+        vars(other).update(vars(self), layout=layout, micro_batch=micro_batch)
+        return other
 
     @property
     def fused_attention(self) -> bool:

@@ -26,7 +26,7 @@ def deepspeed_config(job: JobSpec) -> dict[str, Any]:
         "bf16": {"enabled": train.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "zero_optimization": {"stage": layout.zero_stage, **_offload(layout)},
+        "zero_optimization": {"stage": layout.options["zero_stage"], **_offload(layout)},
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -70,7 +70,7 @@ def outside_the_config(job: JobSpec) -> list[str]:
 def _offload(layout: LayoutSpec) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field, name in _OFFLOADED.items():
-        place = getattr(layout, field)
+        place = layout.options[field]
         if place != "none":
             found[name] = {"device": place, "pin_memory": True}
         if place == "nvme":

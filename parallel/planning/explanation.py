@@ -13,6 +13,7 @@ from parallel.estimates.memory import estimate_memory
 from parallel.estimates.software import Software
 from parallel.estimates.workload import Workload
 from parallel.layout import ATTENTION_AXES, Layout
+from parallel.planning.options import recompute_label, recomputed, variants
 from parallel.planning.planner import Plan, price, resolve
 
 
@@ -34,6 +35,10 @@ class Neighbour:
     @property
     def label(self) -> str:
         """`tp 2 -> 1, dp 4 -> 8`."""
+        if self.change[0][0] == "recompute":
+            kinds, modules = (side[1:] for side in self.change)
+            before, after = (recompute_label(*side) for side in zip(kinds, modules, strict=True))
+            return f"recompute {before} -> {after}"
         return ", ".join(f"{name} {before} -> {after}" for name, before, after in self.change)
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,8 +126,20 @@ def _turns(chosen: JobSpec) -> Iterator[dict[str, Any]]:
             yield {name: 2 * value}
             if value % 2 == 0:
                 yield {name: value // 2}
-    yield from ({"recompute": other} for other in _others(layout, "recompute"))
-    yield from ({"zero_stage": other} for other in _others(layout, "zero_stage") if abs(other - layout.zero_stage) == 1)
+    stage = layout.options["zero_stage"]
+    yield from ({"zero_stage": other} for other in _others(layout, "zero_stage") if abs(other - stage) == 1)
+    for name in ("offload_optimizer", "offload_parameters"):
+        yield {name: "cpu" if layout.options[name] == "none" else "none"}
+    yield {"optimizer_replicas": 2 * layout.options["optimizer_replicas"]}
+    free = chosen.model_copy(
+        update={"layout": layout.model_copy(update={"recompute": None, "recompute_modules": None})}
+    )
+    for variant in variants(free):
+        turn = {name: variant.layout.options[name] for name in ("recompute", "recompute_modules")}
+        # One module more or less, all, or none.
+        before, after = recomputed(layout), recomputed(variant.layout)
+        if before != after and (turn["recompute"] != "selective" or (before < after or after < before)):
+            yield turn
 
 
 def _experts_turned(degrees: dict[str, int]) -> Iterator[dict[str, Any]]:
@@ -136,4 +153,6 @@ def _experts_turned(degrees: dict[str, int]) -> Iterator[dict[str, Any]]:
 
 def _others(layout: LayoutSpec, name: str) -> list[Any]:
     """Values of a field of LayoutSpec that it does not have."""
-    return [value for value in get_args(LayoutSpec.model_fields[name].annotation) if value != getattr(layout, name)]
+    given = get_args(LayoutSpec.model_fields[name].annotation)
+    values = [value for each in given for value in get_args(each) or (each,) if value is not type(None)]
+    return [value for value in values if value != getattr(layout, name)]

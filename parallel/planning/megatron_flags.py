@@ -56,7 +56,7 @@ def _layout(layout: LayoutSpec) -> dict[str, Flag]:
         "context-parallel-size": degrees["cp"],
         "pipeline-model-parallel-size": degrees["pp"],
         "use-distributed-optimizer": None,
-        "num-distributed-optimizer-instances": layout.optimizer_replicas,
+        "num-distributed-optimizer-instances": layout.options["optimizer_replicas"],
     }
     if degrees["tp"] > 1:
         flags["sequence-parallel"] = None
@@ -67,7 +67,10 @@ def _layout(layout: LayoutSpec) -> dict[str, Flag]:
     if layout.recompute == "full":
         flags |= {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
     elif layout.recompute == "selective":
-        flags |= {"recompute-granularity": "selective", "recompute-modules": " ".join(layout.recompute_modules)}
+        flags |= {
+            "recompute-granularity": "selective",
+            "recompute-modules": " ".join(layout.options["recompute_modules"]),
+        }
     return flags
 
 

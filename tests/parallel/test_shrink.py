@@ -18,8 +18,8 @@ JOBS = [name for name in compose.job_names() if name != "deepseek_v3"]
 CLUSTERS = (
     ("laptop", ()),
     ("h200_x2", ()),
-    ("h100_x8", ("cluster.nodes=4",)),
-    ("h100_x8", ("cluster.nodes=16",)),
+    ("h100_x8", ("cluster.nodes=4", "layout.etp=1")),
+    ("h100_x8", ("cluster.nodes=16", "layout.cp=1", "layout.vpp=1")),
     ("a100_x8", ("cluster.nodes=16", "layout.pp=4", "layout.vpp=2")),
     ("h200_x8", ("cluster.nodes=4", "layout.tp=2", "layout.cp=2", "layout.pp=2")),
 )

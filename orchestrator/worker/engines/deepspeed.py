@@ -237,24 +237,24 @@ class DeepSpeedEngine:
         return list(groups.values())
 
     def _configuration(self) -> dict[str, Any]:
-        job, train, options = self._job, self._train, self._job.layout
+        job, train, options = self._job, self._train, self._job.layout.options
         zero: dict[str, Any] = {
-            "stage": options.zero_stage,
+            "stage": options["zero_stage"],
             "reduce_bucket_size": _BUCKET,
             "allgather_bucket_size": _BUCKET,
             # Vectors are kept whole by every rank, matrices are not.
             "stage3_param_persistence_threshold": 2 * job.model.hidden,
-            "offload_optimizer": self._offload(options.offload_optimizer),
-            "offload_param": self._offload(options.offload_parameters) | self._buffers(),
+            "offload_optimizer": self._offload(options["offload_optimizer"]),
+            "offload_param": self._offload(options["offload_parameters"]) | self._buffers(),
             # What is fetched ahead is not counted among the buffers, and finds none left.
-            **({"stage3_prefetch_bucket_size": 0} if options.offload_parameters == "nvme" else {}),
+            **({"stage3_prefetch_bucket_size": 0} if options["offload_parameters"] == "nvme" else {}),
         }
         return {
             # Micro-batches are counted in train_step, which says which is the last: DeepSpeed would divide by their
             # number, twice even without ZeRO where told not to.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": train.clip_grad_norm if options.zero_stage else 0.0,
+            "gradient_clipping": train.clip_grad_norm if options["zero_stage"] else 0.0,
             "zero_optimization": zero,
             # torch's AdamW: DeepSpeed's own are compiled when they are first used.
             "zero_allow_untested_optimizer": True,
@@ -291,7 +291,7 @@ class DeepSpeedEngine:
 
     def _step(self) -> float:
         """Clip, step, and forget the gradients. Returns the norm before clipping."""
-        if self._job.layout.zero_stage:
+        if self._job.layout.options["zero_stage"]:
             self._take_step()
             return float(self._engine.get_global_grad_norm())
         norm = self._gradient_norm()

@@ -58,7 +58,7 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> MegatronEngine:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
-        num_distributed_optimizer_instances=job.layout.optimizer_replicas,
+        num_distributed_optimizer_instances=job.layout.options["optimizer_replicas"],
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=False,
     )
@@ -164,7 +164,7 @@ class MegatronEngine:
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=True,
-                num_distributed_optimizer_instances=self._job.layout.optimizer_replicas,
+                num_distributed_optimizer_instances=self._job.layout.options["optimizer_replicas"],
             ),
             Float16Module(config, model) if config.bf16 else model,
         )

@@ -24,15 +24,15 @@ from parallel.planning.timeline import timeline
 from parallel.planning.what_if import changed, numbers
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=8)
 @given(
     model=st.sampled_from(["mixtral_8x7b", "llama3_8b", "qwen3_30b_a3b"]),
-    nodes=st.sampled_from([2, 4, 8]),
+    nodes=st.sampled_from([1, 2, 4]),
     length=st.sampled_from([2048, 4096, 16384]),
     place=st.integers(0, 20),
 )
 def test_the_parts_sum_to_the_whole(make_job: Any, model: str, nodes: int, length: int, place: int) -> None:
-    job = make_job(model, "h100_x8", nodes=nodes, sequence_length=length, global_batch=128)
+    job = make_job(model, "h200_x8", {"etp": 1, "vpp": 1}, nodes=nodes, sequence_length=length, global_batch=64)
     plans = plan_job(job).plans
     plan = plans[place % len(plans)]
     found = explain(job, plan, device_of(job))
