@@ -67,6 +67,20 @@ def explanation(plan: Plan, found: Explanation) -> None:
     rows = [[name, bytes_text(part), f"{part / held:.1%}"] for name, part in found.memory.items()]
     print_table(None, _parts("memory of a device"), [*rows, ["total", bytes_text(held), "100.0%"]])
     print()
+    if found.routing:
+        rows = [
+            [
+                each.load,
+                f"{each.busiest:.2f}",
+                f"{each.step_seconds * 1e3:,.1f} ms",
+                bytes_text(each.memory_bytes),
+                f"{each.p_out_of_memory:.0%}",
+            ]
+            for each in found.routing
+        ]
+        headings = ("busiest rank", "step", "memory", "out of memory")
+        print_table(None, [("routing", False), *((name, True) for name in headings)], rows)
+        print()
     rows = [[each.label, _step(each, total), _obstacle(each)] for each in found.neighbours]
     print_table(None, [("one change", False), ("step", True), ("stopped by", False)], rows)
     near = found.held_back

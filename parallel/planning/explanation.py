@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from jobs.spec import JobSpec, LayoutSpec
 from parallel.capabilities import why_refused
+from parallel.estimates.costs import estimate_time
 from parallel.estimates.hardware import Hardware
+from parallel.estimates.layers import LOADS
 from parallel.estimates.memory import estimate_memory
 from parallel.estimates.software import Software
-from parallel.estimates.workload import Workload
+from parallel.estimates.workload import Load, Workload
 from parallel.layout import ATTENTION_AXES, Layout
 from parallel.planning.options import recompute_label, recomputed, variants
 from parallel.planning.planner import Plan, price, resolve
@@ -53,11 +55,25 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """The chosen plan, were tokens routed like this; it is priced with `natural`."""
+
+    load: Load
+    busiest: float
+    """Tokens of the busiest expert-parallel rank over the mean."""
+    step_seconds: float
+    memory_bytes: int
+    p_out_of_memory: float
+
+
+@dataclass(frozen=True)
 class Explanation:
     """`time` and `memory` sum to the plan's step and to its memory, the largest part first."""
 
     time: dict[str, float]
     memory: dict[str, int]
+    routing: tuple[Routing, ...]
+    """From even to a step's worst of a hundred; empty where every rank has all experts."""
     neighbours: tuple[Neighbour, ...]
     """Those that run and fit, fastest first; then those that memory stops, likewise; then those that a rule stops."""
 
@@ -71,6 +87,7 @@ class Explanation:
         return {
             "time_seconds": self.time,
             "memory_bytes": self.memory,
+            "routing": [asdict(routing) for routing in self.routing],
             "neighbours": [neighbour.as_dict() for neighbour in self.neighbours],
         }
 
@@ -83,11 +100,23 @@ def explain(job: JobSpec, plan: Plan, device: Hardware, run_by: Software | None 
     chosen = resolve(job, plan)
     neighbours = [_neighbour(chosen, changes, plan, device, run_by) for changes in _turns(chosen)]
     neighbours.sort(key=lambda each: (each.obstacle is not None, each.missing_bytes > 0, -each.seconds_gained))
-    return Explanation(_largest_first(asdict(plan.time)), _largest_first(asdict(plan.memory)), tuple(neighbours))
+    time, memory = (_largest_first(asdict(estimate)) for estimate in (plan.time, plan.memory))
+    return Explanation(time, memory, tuple(_routings(chosen, plan, device, run_by)), tuple(neighbours))
 
 
 def _largest_first(parts: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(((name, part) for name, part in parts.items() if part), key=lambda part: -part[1]))
+
+
+def _routings(chosen: JobSpec, plan: Plan, device: Hardware, run_by: Software | None) -> Iterator[Routing]:
+    if plan.layout.ep == 1:
+        return
+    step = Workload.of(chosen, plan.layout, plan.micro_batch)
+    for load in get_args(Load):
+        routed = replace(step, load=load)
+        seconds = estimate_time(routed, device, run_by).total + plan.time.unexplained
+        memory = estimate_memory(routed, device)
+        yield Routing(load, LOADS[load], seconds, memory.total, memory.p_out_of_memory(device.memory_bytes))
 
 
 def _neighbour(

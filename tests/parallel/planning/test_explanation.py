@@ -41,6 +41,18 @@ def test_the_parts_sum_to_the_whole(make_job: Any, model: str, nodes: int, lengt
     assert list(found.time.values()) == sorted(found.time.values(), reverse=True)
 
 
+def test_routing_is_told_apart(make_job: Any) -> None:
+    job = make_job("mixtral_8x7b", "h100_x8", {"ep": 8}, nodes=4, global_batch=128)
+    plan = plan_job(job).plans[0]
+    balanced, natural, p99 = explain(job, plan, device_of(job)).routing
+    assert natural.step_seconds == pytest.approx(plan.time.total)
+    assert natural.p_out_of_memory == plan.p_out_of_memory
+    assert balanced.step_seconds < natural.step_seconds < p99.step_seconds
+    assert balanced.memory_bytes <= natural.memory_bytes <= p99.memory_bytes
+    whole = make_job("mixtral_8x7b", "h100_x8", {"ep": 1}, nodes=4, global_batch=128)
+    assert explain(whole, plan_job(whole).plans[0], device_of(whole)).routing == ()
+
+
 def test_a_neighbour_is_what_planning_it_would_find(make_job: Any) -> None:
     job = make_job("mixtral_8x7b", "h100_x8", nodes=4, global_batch=128)
     plan, device = plan_job(job).plans[0], device_of(job)
