@@ -80,7 +80,7 @@ def tune(options: argparse.Namespace) -> Answer:
     reason = tune.tune(tuning, limits, Trials(options.run_root, display.of_trials, client), display)
     best = tuning.best
     verb = "submit" if address else "run"
-    chosen = tune.command(verb, options.job, options.overrides, best.plan) if best else None
+    chosen = tune.command(verb, options.job, options.overrides, job, best.plan) if best else None
     display.summary(tuning, reason, chosen)
     return tune.document(tuning, reason, chosen), DONE if best else FAILED
 

@@ -33,7 +33,7 @@ def plan(job: JobSpec, store: Store) -> planner.Planning:
     from parallel.evidence.calibration import MemoryCalibration
 
     plans = found.plans[:MOST]
-    steps = [Workload.of(job, each.layout, each.micro_batch) for each in plans]
+    steps = [planner.step_of(job, each) for each in plans]
     calibration = _calibration(job, store)
     memory, belief = MemoryCalibration(calibration.device, store.observations), calibration.believe(steps)
     ranked = []

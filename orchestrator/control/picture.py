@@ -10,8 +10,7 @@ from jobs.spec import JobSpec
 from orchestrator.control.display import bytes_text
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.memory import stage_memory
-from parallel.estimates.workload import Workload
-from parallel.planning.planner import Plan
+from parallel.planning.planner import Plan, step_of
 from parallel.planning.timeline import Box, timeline
 
 _WIDTH, _LEFT, _RIGHT, _ROW, _GAP = 1120, 80, 130, 26, 6
@@ -37,7 +36,7 @@ def page(job: JobSpec, plan: Plan, device: Hardware) -> str:
 
 def _memory(job: JobSpec, plan: Plan, device: Hardware) -> Iterator[str]:
     """A bar a stage, with a line where the device's memory ends."""
-    stages = stage_memory(Workload.of(job, plan.layout, plan.micro_batch), device)
+    stages = stage_memory(step_of(job, plan), device)
     longest = max(device.memory_bytes, *(stage.total for stage in stages))
     colours = dict(zip(asdict(stages[0]), _COLOURS, strict=False))
     yield "<h2>Memory of a device, by pipeline stage</h2>"

@@ -5,6 +5,7 @@ What decides is here; control/trials.py runs a layout, and control/tune_display.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from parallel.estimates.memory import LIKELY_OUT
 from parallel.estimates.workload import Workload
 from parallel.evidence.calibration import RESIDUALS, Belief, Calibration, MemoryCalibration, next_run, settled
 from parallel.planning import planner
+from parallel.planning.options import variants
 
 CANDIDATES = 16
 """Layouts, the fastest by what is known before, among which a tune chooses."""
@@ -60,7 +62,7 @@ class Listener(Protocol):
 
     def begins(self, tuning: Tuning) -> None: ...
     def trial_begins(self, candidate: Candidate, number: int) -> None: ...
-    def trial_ended(self, row: Measured, number: int) -> None: ...
+    def trial_ended(self, candidate: Candidate, row: Measured, number: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        return f"{self.plan.layout.label} mb{self.plan.micro_batch}"
+        return f"{self.plan.label}, mb {self.plan.micro_batch}"
 
 
 class Tuning:
@@ -96,7 +98,7 @@ class Tuning:
         planned = calibrated.plan(job, store).plans
         self.fitting = len(planned)
         measured = {row.workload for row in store.rows}
-        steps = [Workload.of(job, plan.layout, plan.micro_batch) for plan in planned]
+        steps = [planner.step_of(job, plan) for plan in planned]
         chosen = [at for at, step in enumerate(steps) if at < CANDIDATES or step in measured]
         self.plans = [planned[at] for at in chosen]
         self.workloads = [steps[at] for at in chosen]
@@ -217,7 +219,7 @@ def tune(tuning: Tuning, limits: Limits, run: Run, listener: Listener) -> str:
         listener.trial_begins(candidate, number)
         job = trial_job(planner.resolve(tuning.job, candidate.plan), limits.steps)
         patience = max(LEAST_PATIENCE_SECONDS, PATIENCE * candidate.interval[1])
-        listener.trial_ended(tuning.record(candidate, run(job, candidate.plan, patience)), number)
+        listener.trial_ended(candidate, tuning.record(candidate, run(job, candidate.plan, patience)), number)
     return reason
 
 
@@ -230,11 +232,22 @@ def trial_job(job: JobSpec, steps: int) -> JobSpec:
     return job.model_copy(update={**changes, "fault": FaultSpec()})
 
 
-def command(verb: str, job: str, overrides: Sequence[str], plan: planner.Plan) -> str:
-    """The command line that trains with a plan."""
-    degrees = {**{axis: plan.layout.degree(axis) for axis in DEGREES}, "micro_batch": plan.micro_batch}
-    free = [each for each in overrides if each.partition("=")[0] not in {f"layout.{name}" for name in degrees}]
-    return " ".join(["fivefold", verb, job, *free, *(f"layout.{name}={value}" for name, value in degrees.items())])
+def command(verb: str, name: str, overrides: Sequence[str], job: JobSpec, plan: planner.Plan) -> str:
+    """The command line that trains with a plan of `job`, which `name` and the overrides made."""
+    chosen = {axis: plan.layout.degree(axis) for axis in DEGREES} | {"micro_batch": plan.micro_batch}
+    ways = [way.layout.options for way in variants(job)]
+    for option, value in plan.options.items():
+        if value != () and any(way[option] != value for way in ways):
+            chosen[option] = value
+    free = [each for each in overrides if each.partition("=")[0] not in {f"layout.{field}" for field in chosen}]
+    return " ".join(
+        ["fivefold", verb, name, *free, *(f"layout.{field}={_shown(value)}" for field, value in chosen.items())]
+    )
+
+
+def _shown(value: Any) -> str:
+    """As an override is written in a shell."""
+    return shlex.quote(f"[{','.join(value)}]") if isinstance(value, tuple) else str(value)
 
 
 def document(tuning: Tuning, reason: str, chosen: str | None) -> dict[str, Any]:

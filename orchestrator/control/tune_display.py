@@ -42,15 +42,14 @@ class TuneDisplay:
     def step(self) -> None:
         self._progress.advance(self._bar)
 
-    def trial_ended(self, row: Measured, number: int) -> None:
+    def trial_ended(self, candidate: Candidate, row: Measured, number: int) -> None:
         if self._console.is_terminal:
             self._progress.stop()
-        workload = row.workload
-        label = f"{workload.layout.label} mb{workload.micro_batch}"
         found = (
             row.outcome if row.seconds is None else f"{_ms(row.seconds)} ({_off(row.believed_seconds, row.seconds)})"
         )
-        line = f"trial {number}/{self._limits.trials}  {label:<18} predicted {_ms(row.believed_seconds):>9}  {found}"
+        predicted = f"predicted {_ms(row.believed_seconds):>9}"
+        line = f"trial {number}/{self._limits.trials}  {candidate.label:<18} {predicted}  {found}"
         self._print(line, None if row.seconds else "bold red")
         if row.reason:
             self._print(f"           {row.reason}")

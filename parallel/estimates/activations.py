@@ -8,7 +8,6 @@ divided by sequence parallelism alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from jobs.architecture import ModelArchitecture
 from parallel.estimates.layers import LOADS
@@ -45,46 +44,21 @@ def routed_rows(workload: Workload) -> float:
 
 def layer_bytes(workload: Workload, moe: bool) -> LayerBytes:
     """One layer, dense or MoE, of a micro-batch."""
-    layout = workload.layout
-    return _layer_bytes(
-        workload.model,
-        workload.micro_batch,
-        workload.sequence_length,
-        (layout.tp, layout.cp, layout.etp, bool(layout.sp)),
-        routed_rows(workload) if moe else None,
-        (
-            workload.attention_kernel,
-            workload.fused_norm,
-            workload.activation_copies,
-            workload.element,
-            workload.precision == "fp8",
-        ),
-        workload.recompute,
-    )
-
-
-@lru_cache(maxsize=1 << 16)
-def _layer_bytes(
-    model: ModelArchitecture,
-    micro_batch: int,
-    sequence: int,
-    degrees: tuple[int, int, int, bool],
-    routed: float | None,
-    kernels: tuple[str, bool, int, int, bool],
-    recompute: frozenset[str],
-) -> LayerBytes:
-    (tp, cp, etp, sp), (attention, fused_norm, copies, element, fp8) = degrees, kernels
+    model, layout, element = workload.model, workload.layout, workload.element
+    tp, cp, etp, sp = layout.tp, layout.cp, layout.etp, layout.sp
+    attention, copies, recompute = workload.attention_kernel, workload.activation_copies, workload.recompute
+    micro_batch, sequence = workload.micro_batch, workload.sequence_length
     tokens = micro_batch * sequence / cp
     row = element * tokens  # of one element of each token
     apart = row / tp if sp else row  # of what only sequence parallelism divides
     hidden = model.hidden
     # Of what matrix products alone keep, their input: Transformer Engine keeps it in 8 bits where it multiplies so.
-    factor = 1 / element if fp8 else 1.0
+    factor = 1 / element if workload.precision == "fp8" else 1.0
     scores = micro_batch * model.heads / tp * sequence * sequence / cp
     parts = {
         "residual": apart * 2 * hidden,
         "layernorm": factor * apart * 2 * hidden,
-        "norm_fp32": 0.0 if fused_norm else (4 + element) / element * apart * 2 * hidden,
+        "norm_fp32": 0.0 if workload.fused_norm else (4 + element) / element * apart * 2 * hidden,
         **_attention(model, row, apart, tp),
         "core_attn": _scores(attention, scores, tokens, model, tp),
         # FlashAttention 1 takes query, key and value in one tensor: a copy.
@@ -92,9 +66,10 @@ def _layer_bytes(
     }
     # Of a feed-forward block's width: what the activation takes, and what it makes.
     taken, made = (2, 1 + copies) if model.gated else (1, 1)
-    if routed is None:
+    if not moe:
         parts["mlp"] = row * (taken + made - 1 + factor) * model.ffn / tp
     else:
+        routed = routed_rows(workload)
         parts["shared_experts"] = row * (taken + made - 1 + factor) * model.shared_expert_ffn / tp
         parts["router"] = 4 * 3 * model.experts * (tokens / tp if sp else tokens)
         parts["experts"] = element * routed * (factor * hidden + taken * model.expert_ffn / etp)

@@ -12,15 +12,15 @@ from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from operator import attrgetter
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jobs.architecture import ModelArchitecture
 from parallel.estimates.hardware import Hardware
-from parallel.estimates.layers import Cost, head, layer
+from parallel.estimates.layers import Cost, Parts, head, layer, layer_parts
 from parallel.estimates.memory import Stage, stages
 from parallel.estimates.network import Network
 from parallel.estimates.software import Software, software
-from parallel.estimates.workload import Workload
+from parallel.estimates.workload import Workload, kept_by
 from parallel.layout import Layout
 
 SENDING_PROCESSORS = 24
@@ -32,9 +32,6 @@ are 5.4 standard deviations apart (Sinha et al., Not All GPUs Are Created Equal,
 
 BY_STEP = ("zero_stage", "optimizer_replicas", "optimizer_offloaded", "weights_offloaded")
 """Fields of a workload on which only what is done once a step depends, or beside the layers' own work."""
-_LAYERS_BY = tuple(field.name for field in fields(Workload) if field.name not in (*BY_STEP, "layout", "global_batch"))
-"""Those on which the cost of a micro-batch depends, beside degrees of its layout."""
-_layers_by = attrgetter(*_LAYERS_BY)
 _once_by = attrgetter("layout", "shards", "expert_shards", *BY_STEP, "gradient_bytes", "element")
 
 
@@ -141,7 +138,7 @@ def _passes(
     workload: Workload, network: Network, ours: Software
 ) -> tuple[tuple[tuple[Stage, int], ...], list[_Pass], list[float], float]:
     """Kinds of stages, a micro-batch on each, its seconds with sends, and those of sends."""
-    shape = _shape(workload, network, ours)
+    shape = _shape(workload, network.hardware, ours)
     kinds = _kinds(workload.model, workload.layout)
     passes = [shape.of(stage, workload.layout.world) for stage, _ in kinds]
     sends = _sends(workload, network, ours)
@@ -157,15 +154,14 @@ def _kinds(model: ModelArchitecture, layout: Layout) -> tuple[tuple[Stage, int],
 class _Shape:
     """What the layers of a micro-batch cost on one rank, and stages of so many of them."""
 
-    def __init__(self, workload: Workload, network: Network, ours: Software) -> None:
-        hardware = network.hardware
+    def __init__(self, workload: Workload, hardware: Hardware, ours: Software) -> None:
         self._launch = hardware.launch_seconds * ours.launch
         # Where it is not fused, a gradient is read where the product wrote it, and added to the sum.
         self._sum = 0.0 if ours.gradients_fused else (workload.element + 8) / hardware.memory_bytes_per_second
         sending = min(1.0, SENDING_PROCESSORS / hardware.processors)
         self._overlap = sending if workload.experts_overlap else 0.0
-        parts = (*layer(workload, hardware, network, ours), head(workload, hardware, network, ours))
-        self._costs = tuple(zip(*(vars(part).values() for part in parts), strict=True))
+        dense, moe, last = _parts(workload, hardware, ours)
+        self._costs = tuple(zip(layer(dense, workload.recompute), layer(moe, workload.recompute), last, strict=True))
         self._stages: dict[tuple[Stage, int], _Pass] = {}
 
     def of(self, stage: Stage, world: int) -> _Pass:
@@ -198,24 +194,23 @@ class _Shape:
         )
 
 
-def _shape(workload: Workload, network: Network, ours: Software) -> _Shape:
-    """Layers cost the same however many replicas and stages there are, and are kept by what they depend on."""
-    layout = workload.layout
-    degrees = layout.tp, layout.cp, layout.ep, layout.etp, layout.sp
-    key = (degrees, *_layers_by(workload), network, ours)
-    found = _SHAPES.get(key)
-    if found is None:
-        if len(_SHAPES) >= _MOST_SHAPES:
-            _SHAPES.clear()
-        alone = Layout(layout.tp, layout.cp, layout.ep * layout.etp, ep=layout.ep, etp=layout.etp, sp=layout.sp)
-        given = dict(zip(_LAYERS_BY, _layers_by(workload), strict=True))
-        batch = workload.micro_batch * alone.dp
-        found = _SHAPES[key] = _Shape(Workload(layout=alone, global_batch=batch, **given), network, ours)
-    return found
+_SHAPED_BY = (
+    *(field.name for field in fields(Workload) if field.name not in (*BY_STEP, "layout", "global_batch")),
+    *(f"layout.{degree}" for degree in ("tp", "cp", "ep", "etp", "sp")),
+)
+"""On which the cost of a micro-batch depends: not on how many replicas and stages there are."""
 
 
-_SHAPES: dict[Any, _Shape] = {}
-_MOST_SHAPES = 1 << 16
+@kept_by(*_SHAPED_BY)
+def _shape(workload: Workload, hardware: Hardware, ours: Software) -> _Shape:
+    return _Shape(workload, hardware, ours)
+
+
+@kept_by(*(name for name in _SHAPED_BY if name != "recompute"))
+def _parts(workload: Workload, hardware: Hardware, ours: Software) -> tuple[Parts, Parts, Cost]:
+    """Of a dense layer, of an MoE layer, and the head."""
+    given = workload, hardware, Network(hardware, workload.devices_per_node), ours
+    return *layer_parts(*given), head(*given)
 
 
 def _sends(workload: Workload, network: Network, ours: Software) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.network import Network
@@ -19,8 +20,7 @@ BATCH_KERNELS = 30
 embeddings looked up, added and dropped, the loss masked and averaged (Megatron-LM's pretrain_gpt.py, counted)."""
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Seconds of a micro-batch on one rank, and the kernels that its forward starts."""
 
     forward: float = 0.0
@@ -32,9 +32,6 @@ class Cost:
     expert_backward: float = 0.0
     context_forward: float = 0.0
     context_backward: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, name) + getattr(other, name) for name in _NAMES))
 
     @property
     def collectives_forward(self) -> float:
@@ -56,20 +53,34 @@ class Cost:
         )
 
 
-_NAMES = tuple(field.name for field in fields(Cost))
+Parts = dict[str, Cost]
+"""Of a layer, by what may be computed again."""
 
 
-def layer(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> tuple[Cost, Cost]:
-    """A dense layer and an MoE layer (nothing where the model has none)."""
+def layer_parts(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> tuple[Parts, Parts]:
+    """Of a dense layer and of an MoE layer (nothing where the model has none), nothing of them computed again."""
     model = workload.model
     attended = attention_parts(workload, hardware, network, ours)
-    dense = _with_recompute(workload, {**attended, "mlp": _mlp(workload, hardware, network, ours, model.ffn)})
-    if not model.is_moe:
-        return dense, Cost()
-    parts = {**attended, **_experts(workload, hardware, network, ours)}
-    if model.shared_expert_ffn:
-        parts["shared_experts"] = _mlp(workload, hardware, network, ours, model.shared_expert_ffn)
-    return dense if model.dense_layers else Cost(), _with_recompute(workload, parts)
+    dense = moe = Parts()
+    if model.dense_layers:
+        dense = {**attended, "mlp": _mlp(workload, hardware, network, ours, model.ffn)}
+    if model.moe_layers:
+        moe = {**attended, **_experts(workload, hardware, network, ours)}
+        if model.shared_expert_ffn:
+            moe["shared_experts"] = _mlp(workload, hardware, network, ours, model.shared_expert_ffn)
+    return dense, moe
+
+
+def layer(parts: Parts, recompute: frozenset[str]) -> Cost:
+    """A layer of such parts, some of which backward computes again."""
+    again = parts if "layer" in recompute else [name for name in parts if name in recompute]
+    if "moe" in recompute:
+        again = [*again, *(name for name in ("moe_act", "shared_experts") if name in parts and name not in again)]
+    return total([*parts.values(), *(parts[name].again for name in again)])
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    return Cost(*map(sum, zip(Cost(), *costs, strict=True)))
 
 
 def head(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> Cost:
@@ -80,14 +91,7 @@ def head(workload: Workload, hardware: Hardware, network: Network, ours: Softwar
     precision = "bf16" if workload.precision == "fp8" else workload.precision
     made = linear(hardware, precision, workload.tokens, share, model.hidden)
     loss = moved(hardware, workload.tokens * share, 8 * ours.memory, 5)
-    return _cost(made, loss, ours) + _block(workload, network, ours) + Cost(kernels=BATCH_KERNELS)
-
-
-def _with_recompute(workload: Workload, parts: dict[str, Cost]) -> Cost:
-    again = parts if "layer" in workload.recompute else [name for name in parts if name in workload.recompute]
-    if "moe" in workload.recompute:
-        again = [*again, *(name for name in ("moe_act", "shared_experts") if name in parts and name not in again)]
-    return sum([*parts.values(), *(parts[name].again for name in again)], Cost())
+    return total((_cost(made, loss, ours), _block(workload, network, ours), Cost(kernels=BATCH_KERNELS)))
 
 
 def _cost(products: Seconds, memory: Seconds, ours: Software) -> Cost:
@@ -168,8 +172,8 @@ def attention_parts(workload: Workload, hardware: Hardware, network: Network, ou
     norms = moved(hardware, outside * model.hidden, 2 * norm_passes * ours.memory, 2 * norm_kernels, element)
     residuals = moved(hardware, outside * model.hidden, 2 * 3 * ours.memory, 2, element)
     return parts | {
-        "attention": _cost(projections, copies + residuals, ours) + _block(workload, network, ours),
-        "core_attn": _cost(inner, Seconds(), ours) + _context(workload, network, ours),
+        "attention": total((_cost(projections, copies + residuals, ours), _block(workload, network, ours))),
+        "core_attn": total((_cost(inner, Seconds(), ours), _context(workload, network, ours))),
         "layernorm": _cost(Seconds(), norms, ours),
     }
 
@@ -201,7 +205,7 @@ def _mlp(workload: Workload, hardware: Hardware, network: Network, ours: Softwar
     products = linear(hardware, workload.precision, workload.tokens, gates * width, model.hidden)
     products += linear(hardware, workload.precision, workload.tokens, model.hidden, width)
     activation = moved(hardware, workload.tokens * width, (gates + 1) * ours.memory, gates, workload.element)
-    return _cost(products, activation, ours) + _block(workload, network, ours)
+    return total((_cost(products, activation, ours), _block(workload, network, ours)))
 
 
 def _experts(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> dict[str, Cost]:
@@ -231,14 +235,14 @@ def _experts(workload: Workload, hardware: Hardware, network: Network, ours: Sof
     spread = network.all_to_all(volume, layout.ep, layout.etp, model.top_k if workload.dispatcher == "flex" else 0)
     gathered = network.all_gather(volume * layout.etp, layout.etp, 1)
     sent = 2 * ours.network
+    sending = Cost(
+        expert_forward=sent * spread,
+        expert_backward=sent * spread,
+        tensor_forward=sent * gathered,
+        tensor_backward=sent * gathered,
+        kernels=4,
+    )
     return {
-        "moe": _cost(products + gate, router + sorting, ours)
-        + Cost(
-            expert_forward=sent * spread,
-            expert_backward=sent * spread,
-            tensor_forward=sent * gathered,
-            tensor_backward=sent * gathered,
-            kernels=4,
-        ),
+        "moe": total((_cost(products + gate, router + sorting, ours), sending)),
         "moe_act": _cost(Seconds(), activation, ours),
     }

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from math import erf, hypot, sqrt
+from typing import NamedTuple
 
 from jobs.architecture import ModelArchitecture
-from parallel.estimates.activations import layer_bytes
+from parallel.estimates.activations import LayerBytes, layer_bytes
 from parallel.estimates.hardware import Hardware
-from parallel.estimates.workload import Workload
+from parallel.estimates.workload import Workload, kept_by
 from parallel.layout import Layout
 
 FITTED: dict[str, float] = json.loads((files("parallel.estimates") / "memory_fitted.json").read_text())
@@ -86,6 +87,10 @@ class MemoryEstimate:
         """That a device of so many bytes does not hold it, by a normal distribution."""
         return 0.5 * (1 + erf((self.total - device_bytes) / (sqrt(2) * self.spread)))
 
+    def is_too_much(self, device_bytes: float) -> bool:
+        """Whether running out of memory is likelier than not, which is where a layout is refused (LIKELY_OUT)."""
+        return self.total > device_bytes
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -145,67 +150,106 @@ def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
 
 def estimate_memory(workload: Workload, device: Hardware) -> MemoryEstimate:
     """Bytes on a rank of the pipeline stage that holds most."""
-    # Of equal stages the first has most micro-batches in flight.
-    parts = _parts(workload, device, _unequal(workload.model, workload.layout))
-    return MemoryEstimate(*max(parts, key=sum))
+    return MemoryEstimate(*map(round, max(_parts(workload, device, _unequal(workload)), key=sum)))
 
 
 def stage_memory(workload: Workload, device: Hardware) -> list[MemoryEstimate]:
     """Bytes on a rank of each pipeline stage, first to last."""
-    every = tuple(enumerate(stages(workload.model, workload.layout)))
-    return [MemoryEstimate(*parts) for parts in _parts(workload, device, every)]
+    return [MemoryEstimate(*map(round, parts)) for parts in _parts(workload, device, _held(workload))]
 
 
-@lru_cache(maxsize=1 << 16)
-def _unequal(model: ModelArchitecture, layout: Layout) -> tuple[tuple[int, Stage], ...]:
-    """The first of each kind of stage, with its number."""
-    found: dict[Stage, int] = {}
-    for index, stage in enumerate(stages(model, layout)):
-        found.setdefault(stage, index)
-    return tuple((index, stage) for stage, index in found.items())
+class _Held(NamedTuple):
+    """What a rank of a stage holds all the time, whatever the micro-batch, bytes."""
+
+    place: int
+    """The stage's number, from 0."""
+    stage: Stage
+    weights: float
+    gradients: float
+    optimizer: float
+    update: float
+    """Not held: made by the optimizer's step."""
 
 
-def _parts(workload: Workload, device: Hardware, asked: tuple[tuple[int, Stage], ...]) -> list[tuple[int, ...]]:
-    """Fields of MemoryEstimate for some of the stages, each with its number."""
-    model, layout, element = workload.model, workload.layout, workload.element
-    dense = layer_bytes(workload, moe=False) if model.dense_layers else None
-    moe = layer_bytes(workload, moe=True) if model.moe_layers else None
-    kept_dense, kept_moe = dense.kept if dense else 0.0, moe.kept if moe else 0.0
-    workspace = _workspace(workload) + max(dense.again if dense else 0.0, moe.again if moe else 0.0)
+_HELD_BY = (
+    *("model", "layout", "zero_stage", "optimizer_replicas", "optimizer_offloaded", "weights_offloaded"),
+    *("precision", "gradient_bytes", "moment_bytes"),
+)
+
+
+@kept_by(*_HELD_BY)
+def _held(workload: Workload) -> tuple[_Held, ...]:
+    """By stages, first to last."""
+    element, sharded, gradient_bytes = workload.element, workload.zero_stage, workload.gradient_bytes
+    # Mixed precision keeps an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
+    kept = 2 * workload.moment_bytes + (0 if workload.precision == "fp32" else 4)
+    optimizer_bytes = kept * (1 - workload.optimizer_offloaded)
+    found = []
+    for index, stage in enumerate(stages(workload.model, workload.layout)):
+        parameters = stage.dense_parameters + stage.expert_parameters
+        shard = stage.dense_parameters / workload.shards + stage.expert_parameters / workload.expert_shards
+        weights = 0.0 if workload.weights_offloaded else (parameters if sharded < 3 else shard) * element
+        gradients = (parameters if sharded < 2 else shard) * gradient_bytes
+        optimizer = (shard if sharded >= 1 else parameters) * optimizer_bytes
+        found.append(_Held(index, stage, weights, gradients, optimizer, shard * 4 if gradient_bytes < 4 else 0.0))
+    return tuple(found)
+
+
+@kept_by(*_HELD_BY)
+def _unequal(workload: Workload) -> tuple[_Held, ...]:
+    """The first of each kind of stage: of equal ones it has most micro-batches in flight."""
+    found: dict[Stage, _Held] = {}
+    for held in _held(workload):
+        found.setdefault(held.stage, held)
+    return tuple(found.values())
+
+
+class _Passing(NamedTuple):
+    """What comes and goes with one micro-batch, bytes: kept by a layer of each kind, and alive for a moment."""
+
+    dense: float
+    moe: float
+    workspace: float
+    head: float
+
+
+@kept_by(
+    *("model", "sequence_length", "micro_batch", "precision", "recompute", "attention_kernel", "fused_norm"),
+    *("activation_copies", "loss", "load", "zero_stage"),
+    *("layout.tp", "layout.cp", "layout.sp", "layout.ep", "layout.etp"),
+)
+def _passing(workload: Workload) -> _Passing:
+    model, tp, element = workload.model, workload.layout.tp, workload.element
+    nothing = LayerBytes(0.0)
+    dense = layer_bytes(workload, moe=False) if model.dense_layers else nothing
+    moe = layer_bytes(workload, moe=True) if model.moe_layers else nothing
     logit_bytes = FITTED["whole_logit_bytes"]
     if workload.loss != "whole":
-        logit_bytes = LOGIT_ELEMENTS[workload.loss] * element / layout.tp
+        logit_bytes = LOGIT_ELEMENTS[workload.loss] * element / tp
     head = max(
         workload.tokens * model.vocab * logit_bytes,
-        model.embedding_parameters / layout.tp * HEAD_GRADIENT_ELEMENTS * element,
+        model.embedding_parameters / tp * HEAD_GRADIENT_ELEMENTS * element,
     )
-    # Mixed precision keeps an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
-    optimizer_bytes = 2 * workload.moment_bytes + (0 if workload.precision == "fp32" else 4)
-    on_device = 1 - workload.optimizer_offloaded
+    return _Passing(dense.kept, moe.kept, _workspace(workload) + max(dense.again, moe.again), head)
+
+
+def _parts(workload: Workload, device: Hardware, asked: tuple[_Held, ...]) -> list[tuple[float, ...]]:
+    """Fields of MemoryEstimate for some of the stages."""
+    layout, micro_batches = workload.layout, workload.micro_batches
+    dense, moe, workspace, head = _passing(workload)
     reserved = device.reserved_bytes * (1 - COMMUNICATOR_SHARE * _groups(layout).count(1))
-    sharded, shards, expert_shards = workload.zero_stage, workload.shards, workload.expert_shards
-    micro_batches, gradient_bytes = workload.micro_batches, workload.gradient_bytes
-    weight_bytes = 0.0 if workload.weights_offloaded else element
-    found = []
-    for index, stage in asked:
-        parameters = stage.dense_parameters + stage.expert_parameters
-        shard = stage.dense_parameters / shards + stage.expert_parameters / expert_shards
-        layers = stage.dense_layers * kept_dense + stage.moe_layers * kept_moe
+    found: list[tuple[float, ...]] = []
+    for place, stage, weights, gradients, optimizer, update in asked:
+        layers = stage.dense_layers * dense + stage.moe_layers * moe
+        activations = in_flight(layout, place, micro_batches) * layers
         # The head's turn is over before a block's begins: the larger of the two counts.
-        logits = head if stage.is_last and head > workspace else 0.0
-        activations = in_flight(layout, index, micro_batches) * layers
-        alive = 0.0 if logits else workspace
-        update = shard * 4 if gradient_bytes < 4 else 0.0
+        logits, alive = (head, 0.0) if stage.is_last and head > workspace else (0.0, workspace)
         if update > activations + logits + alive:
             activations = logits = alive = 0.0
         else:
             update = 0.0
-        weights = (parameters if sharded < 3 else shard) * weight_bytes
-        gradients = (parameters if sharded < 2 else shard) * gradient_bytes
-        optimizer = (shard if sharded >= 1 else parameters) * on_device * optimizer_bytes
-        allocated = weights, gradients, optimizer, activations, logits, alive, update
         overhead = reserved + FITTED["slack"] * (activations + alive + update)
-        found.append((*map(round, allocated), round(overhead)))
+        found.append((weights, gradients, optimizer, activations, logits, alive, update, overhead))
     return found
 
 

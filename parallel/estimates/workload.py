@@ -6,8 +6,11 @@ too (evidence/published.py). Time and memory are estimated from this alone, so t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import wraps
+from operator import attrgetter
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from jobs.architecture import ModelArchitecture
 from jobs.spec import JobSpec
@@ -136,3 +139,36 @@ class Workload:
     def expert_shards(self) -> int:
         """Ranks over which experts' state is sharded."""
         return max(1, self.layout.edp // self.optimizer_replicas)
+
+
+Found = TypeVar("Found")
+Others = ParamSpec("Others")
+_MOST_KEPT = 1 << 16
+
+
+def kept_by(
+    *names: str,
+) -> Callable[[Callable[Concatenate[Workload, Others], Found]], Callable[Concatenate[Workload, Others], Found]]:
+    """Keeps what a function of a workload gives, by the fields on which it depends (`model`, `layout.tp`): a search
+    asks many thousand times over. What else it is given is positional, and part of what it depends on.
+    """
+    fields = attrgetter(*names)
+
+    def keeping(
+        function: Callable[Concatenate[Workload, Others], Found],
+    ) -> Callable[Concatenate[Workload, Others], Found]:
+        kept: dict[Any, Found] = {}
+
+        @wraps(function)
+        def looked_up(workload: Workload, /, *others: Others.args, **named: Others.kwargs) -> Found:
+            key = fields(workload), others
+            found = kept.get(key)
+            if found is None:
+                if len(kept) >= _MOST_KEPT:
+                    kept.clear()
+                found = kept[key] = function(workload, *others, **named)
+            return found
+
+        return looked_up
+
+    return keeping

@@ -14,9 +14,9 @@ from parallel.estimates.layers import LOADS
 from parallel.estimates.memory import estimate_memory
 from parallel.estimates.software import Software
 from parallel.estimates.workload import Load, Workload
-from parallel.layout import ATTENTION_AXES, Layout
+from parallel.layout import ATTENTION_AXES
 from parallel.planning.options import recompute_label, recomputed, variants
-from parallel.planning.planner import Plan, price, resolve
+from parallel.planning.planner import Plan, price, resolve, step_of
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,16 @@ def explain(job: JobSpec, plan: Plan, device: Hardware, run_by: Software | None 
     neighbours = [_neighbour(chosen, changes, plan, device, run_by) for changes in _turns(chosen)]
     neighbours.sort(key=lambda each: (each.obstacle is not None, each.missing_bytes > 0, -each.seconds_gained))
     time, memory = (_largest_first(asdict(estimate)) for estimate in (plan.time, plan.memory))
-    return Explanation(time, memory, tuple(_routings(chosen, plan, device, run_by)), tuple(neighbours))
+    return Explanation(time, memory, tuple(_routings(step_of(job, plan), plan, device, run_by)), tuple(neighbours))
 
 
 def _largest_first(parts: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(((name, part) for name, part in parts.items() if part), key=lambda part: -part[1]))
 
 
-def _routings(chosen: JobSpec, plan: Plan, device: Hardware, run_by: Software | None) -> Iterator[Routing]:
+def _routings(step: Workload, plan: Plan, device: Hardware, run_by: Software | None) -> Iterator[Routing]:
     if plan.layout.ep == 1:
         return
-    step = Workload.of(chosen, plan.layout, plan.micro_batch)
     for load in get_args(Load):
         routed = replace(step, load=load)
         seconds = estimate_time(routed, device, run_by).total + plan.time.unexplained
@@ -128,9 +127,7 @@ def _neighbour(
     obstacle = why_refused(turned)
     if obstacle is not None:
         return Neighbour(change, obstacle, None, 0.0, 0)
-    layout, micro_batch = Layout.of(turned.layout), turned.layout.micro_batch or 1
-    memory = estimate_memory(Workload.of(turned, layout, micro_batch), device)
-    found = price(turned, layout, micro_batch, memory, device, run_by)
+    found = price(turned, device, run_by)
     missing = max(0, found.memory.total - device.memory_bytes)
     # What no part explains of the plan's step is not held against the neighbour's.
     gained = plan.time.total - plan.time.unexplained - found.time.total

@@ -77,7 +77,7 @@ def plan_job(job: JobSpec, device: Hardware | None = None) -> Planning:
     class, and the nearest choice that runs.
     """
     search = Search(job, device or device_of(job))
-    plans = [_fastest(layout, fits, search.device) for layout, fits in search.fitting()]
+    plans = [_fastest(fits, search.device) for _, fits in search.fitting()]
     rejections = tuple(sorted(search.rejections.values(), key=lambda rejection: -rejection.count))
     if not plans:
         raise nothing_runs(search, rejections)
@@ -86,17 +86,19 @@ def plan_job(job: JobSpec, device: Hardware | None = None) -> Planning:
     return Planning(tuple(plans), rejections, len(plans) + sum(rejection.count for rejection in rejections))
 
 
-def _fastest(layout: Layout, fits: list[Fit], device: Hardware) -> Plan:
+def _fastest(fits: list[Fit], device: Hardware) -> Plan:
     """The best way to run a layout; of equally fast ones the first, which is the simplest."""
     bounds = sorted((least_time(fit.workload, device), place) for place, fit in enumerate(fits))
-    found = (inf, 0)
+    least, chosen, time = inf, 0, None
     for bound, place in bounds:
-        if bound > found[0]:
+        if bound > least:
             break
-        found = min(found, (estimate_time(fits[place].workload, device).total, place))
-    best = fits[found[1]]
-    memory = estimate_memory(best.workload, device)
-    return price(best.job, layout, best.workload.micro_batch, memory, device)
+        estimate = estimate_time(fits[place].workload, device)
+        if (total := estimate.total) < least or (total == least and place < chosen):
+            least, chosen, time = total, place, estimate
+    assert time is not None
+    best = fits[chosen]
+    return _plan(best.job, best.workload, estimate_memory(best.workload, device), time, device)
 
 
 def _cuts(layout: Layout) -> tuple[int, ...]:
@@ -108,17 +110,15 @@ def device_of(job: JobSpec) -> Hardware:
     return hardware(job.cluster.hardware, job.cluster.devices_per_node)
 
 
-def price(
-    job: JobSpec,
-    layout: Layout,
-    micro_batch: int,
-    memory: MemoryEstimate,
-    device: Hardware,
-    run_by: Software | None = None,
-) -> Plan:
-    """What a layout and micro-batch cost, of a job whose options are given; `run_by` as for estimate_time."""
-    workload = Workload.of(job, layout, micro_batch)
-    time = estimate_time(workload, device, run_by)
+def price(job: JobSpec, device: Hardware, run_by: Software | None = None) -> Plan:
+    """What a job costs whose degrees and options are all given; `run_by` as for estimate_time."""
+    workload = Workload.of(job, Layout.of(job.layout), job.layout.micro_batch or 1)
+    memory, time = estimate_memory(workload, device), estimate_time(workload, device, run_by)
+    return _plan(job, workload, memory, time, device)
+
+
+def _plan(job: JobSpec, workload: Workload, memory: MemoryEstimate, time: TimeEstimate, device: Hardware) -> Plan:
+    layout, micro_batch = workload.layout, workload.micro_batch
     factor = spread(workload.software)
     tokens_per_second = job.train.global_batch * job.train.sequence_length / time.total
     peak = device.peak_flops(job.train.precision)
@@ -135,6 +135,11 @@ def price(
         tokens_per_second=tokens_per_second,
         mfu=flops / peak if peak else None,
     )
+
+
+def step_of(job: JobSpec, plan: Plan) -> Workload:
+    """The job's step as planned."""
+    return Workload.of(resolve(job, plan), plan.layout, plan.micro_batch)
 
 
 def resolve(job: JobSpec, plan: Plan) -> JobSpec:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,7 +12,7 @@ from jobs.errors import InputError
 from jobs.spec import JobSpec
 from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, batch_refusal, refusal
 from parallel.estimates.hardware import GIB, Hardware
-from parallel.estimates.memory import LIKELY_OUT, MemoryEstimate, estimate_memory
+from parallel.estimates.memory import MemoryEstimate, estimate_memory
 from parallel.estimates.workload import Workload
 from parallel.layout import ATTENTION_AXES, Layout, divisors
 from parallel.planning.options import label, recomputed, variants
@@ -163,15 +162,18 @@ class Search:
         nearest: Fit | None = None
         for variant in runnable:
             least = max((most for other, most in fitting if variant.only_slower_than(other)), default=0)
-            steps = [variant.workload.at(layout, micro_batch) for micro_batch in allowed[least:]]
-            # More sequences at once need more memory.
-            most = bisect_left(steps, True, key=self._too_much)
-            if most:
-                fitting.append((variant, least + most))
-                fits += [Fit(variant.job, step) for step in steps[:most]]
-            elif not fits and steps:
-                missed = Fit(variant.job, steps[0])
-                nearest = min(filter(None, (nearest, missed)), key=lambda fit: self._memory(fit.workload).total)
+            # More sequences at once need more memory: mostly few more fit than without computing more again.
+            most = least
+            for micro_batch in allowed[least:]:
+                step = variant.workload.at(layout, micro_batch)
+                if self._too_much(step):
+                    if not fits:
+                        nearest = min(filter(None, (nearest, Fit(variant.job, step))), key=self._needed)
+                    break
+                fits.append(Fit(variant.job, step))
+                most += 1
+            if most > least:
+                fitting.append((variant, most))
         if nearest and not fits:
             self._miss(layout, nearest)
         return fits
@@ -181,7 +183,10 @@ class Search:
         return estimate_memory(step, self.device)
 
     def _too_much(self, step: Workload) -> bool:
-        return self._memory(step).p_out_of_memory(self.device.memory_bytes) > LIKELY_OUT
+        return self._memory(step).is_too_much(self.device.memory_bytes)
+
+    def _needed(self, fit: Fit) -> int:
+        return self._memory(fit.workload).total
 
     def _miss(self, layout: Layout, nearest: Fit) -> None:
         memory, options = self._memory(nearest.workload), label(nearest.job.layout.options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from parallel.estimates.software import Software
 from parallel.estimates.workload import Workload
 from parallel.planning import planner
 from parallel.planning.explanation import explain
-from parallel.planning.planner import Plan, device_of
+from parallel.planning.planner import Plan, device_of, plan_job
 
 TRUTH = Software(compute=1.6, memory=2.0, launch=6.0, network=1.5)
 """Of the machine that is tuned on, whose profile knows nothing of it."""
@@ -44,7 +45,7 @@ class Told:
     def trial_begins(self, candidate: Candidate, number: int) -> None:
         self.tried.append(candidate.label)
 
-    def trial_ended(self, row: Any, number: int) -> None:
+    def trial_ended(self, candidate: Any, row: Any, number: int) -> None:
         self.outcomes.append(row.outcome)
 
 
@@ -161,15 +162,15 @@ def test_a_trial_is_the_job_for_a_few_steps() -> None:
 
 
 def test_the_command_trains_with_the_plan() -> None:
-    spec = compose("quickstart")
-    plan = Tuning(spec, Store("memory://nowhere", spec)).plans[0]
-    text = command("run", "quickstart", ["train.steps=7", "layout.tp=1"], plan)
-    verb, name, *overrides = text.split()[1:]
-    assert (verb, name) == ("run", "quickstart")
+    spec = compose("llama3_8b", ["cluster=a100_x8"])
+    plan = next(plan for plan in plan_job(spec).plans if plan.options["recompute"] == "selective")
+    text = command("run", "llama3_8b", ["cluster=a100_x8", "train.steps=7", "layout.tp=1"], spec, plan)
+    verb, name, *overrides = shlex.split(text)[1:]
+    assert (verb, name) == ("run", "llama3_8b")
     found = compose(name, overrides)
     assert found.train.steps == 7
-    assert found.layout.micro_batch == plan.micro_batch
-    assert found.layout.degrees["dp"] == plan.layout.dp
+    (planned,) = plan_job(found).plans
+    assert (planned.layout, planned.micro_batch, planned.options) == (plan.layout, plan.micro_batch, plan.options)
 
 
 @pytest.mark.parametrize(
