@@ -5,7 +5,7 @@ SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow exact exact-random lint validate-planner wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-random lint validate-planner bench-planner wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
@@ -29,6 +29,10 @@ exact-random: $(VENV)/.ready
 # What the planner predicts of a table of published measurements, by source: make validate-planner TABLE=path.
 validate-planner: $(VENV)/.ready
 	$(BIN)/python -m parallel.validation $(TABLE)
+
+# How quickly layouts are searched for, at 1,024 and 16,384 devices, on one core.
+bench-planner: $(VENV)/.ready
+	$(BIN)/python tests/planner/bench.py --json docs/planner/search-speed.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

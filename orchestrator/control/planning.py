@@ -109,6 +109,8 @@ def _ranked(job: JobSpec, planning: planner.Planning, top: int, budget: Budget |
     devices = job.cluster.devices
     return {
         "considered": planning.considered,
+        "candidates": planning.candidates,
+        "evaluations": planning.evaluations,
         "plans": [plan.as_dict() | (budget.as_dict(plan, devices) if budget else {}) for plan in planning.plans[:top]],
         "rejections": [asdict(rejection) for rejection in planning.rejections],
     }

@@ -7,21 +7,17 @@ but for the time that a micro-batch needs through the others. Data-parallel coll
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, fields
-from functools import cache, lru_cache
-from operator import attrgetter
+from functools import cache
 from statistics import NormalDist
 from typing import NamedTuple
 
-from jobs.architecture import ModelArchitecture
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.layers import Cost, Parts, head, layer, layer_parts
-from parallel.estimates.memory import Stage, stages
+from parallel.estimates.memory import Kind, Stage, kinds
 from parallel.estimates.network import Network
 from parallel.estimates.software import Software, software
 from parallel.estimates.workload import Workload, kept_by
-from parallel.layout import Layout
 
 SENDING_PROCESSORS = 24
 """Streaming multiprocessors that DeepEP and HybridEP send and receive with (DeepEP's README; 16 to 32 in use)."""
@@ -32,7 +28,6 @@ are 5.4 standard deviations apart (Sinha et al., Not All GPUs Are Created Equal,
 
 BY_STEP = ("zero_stage", "optimizer_replicas", "optimizer_offloaded", "weights_offloaded")
 """Fields of a workload on which only what is done once a step depends, or beside the layers' own work."""
-_once_by = attrgetter("layout", "shards", "expert_shards", *BY_STEP, "gradient_bytes", "element")
 
 
 @dataclass(frozen=True)
@@ -99,13 +94,13 @@ def estimate_time(workload: Workload, hardware: Hardware, run_by: Software | Non
     ours = run_by or software(workload.software)
     network = Network(hardware, workload.devices_per_node)
     layout, micro_batches = workload.layout, workload.micro_batches
-    kinds, passes, totals, sends = _passes(workload, network, ours)
-    every = sum(number * total for (_, number), total in zip(kinds, totals, strict=True))
+    alike = kinds(workload)
+    passes, totals, sends = _passes(workload, alike, network, ours)
+    every = sum(kind.number * total for kind, total in zip(alike, totals, strict=True))
     slowest: tuple[float, ...] = ()
     longest = -1.0
-    by_step = _once_by(workload)
-    for (stage, _), one, total in zip(kinds, passes, totals, strict=True):
-        once = _once(stage, network, ours, *by_step)
+    for kind, one, total in zip(alike, passes, totals, strict=True):
+        once = _once(workload, kind.stage, hardware, ours)
         bubble = (every - total) / layout.vpp
         data = _exposed(workload, one, once, ours)
         offload = once.host + max(0.0, micro_batches * (once.streamed - total))
@@ -127,28 +122,22 @@ def estimate_time(workload: Workload, hardware: Hardware, run_by: Software | Non
 def least_time(workload: Workload, hardware: Hardware) -> float:
     """Seconds that a step takes at least: its schedule, without what is done once a step. It is quickly found."""
     ours = software(workload.software)
-    kinds, _, totals, _ = _passes(workload, Network(hardware, workload.devices_per_node), ours)
+    alike = kinds(workload)
+    _, totals, _ = _passes(workload, alike, Network(hardware, workload.devices_per_node), ours)
     longest = max(totals)
-    every = sum(number * total for (_, number), total in zip(kinds, totals, strict=True))
+    every = sum(kind.number * total for kind, total in zip(alike, totals, strict=True))
     # A hair less, for sums in another order.
     return (workload.micro_batches * longest + (every - longest) / workload.layout.vpp) * (1 - 1e-9)
 
 
 def _passes(
-    workload: Workload, network: Network, ours: Software
-) -> tuple[tuple[tuple[Stage, int], ...], list[_Pass], list[float], float]:
-    """Kinds of stages, a micro-batch on each, its seconds with sends, and those of sends."""
+    workload: Workload, alike: tuple[Kind, ...], network: Network, ours: Software
+) -> tuple[list[_Pass], list[float], float]:
+    """Of each kind of stage: a micro-batch, its seconds with sends; and those of sends."""
     shape = _shape(workload, network.hardware, ours)
-    kinds = _kinds(workload.model, workload.layout)
-    passes = [shape.of(stage, workload.layout.world) for stage, _ in kinds]
+    passes = [shape.of(kind.stage, workload.layout.world) for kind in alike]
     sends = _sends(workload, network, ours)
-    return kinds, passes, [one.total + sends for one in passes], sends
-
-
-@lru_cache(maxsize=1 << 16)
-def _kinds(model: ModelArchitecture, layout: Layout) -> tuple[tuple[Stage, int], ...]:
-    """Stages of equal shape take equal time: one of each, and how many there are."""
-    return tuple(Counter(stages(model, layout)).items())
+    return passes, [one.total + sends for one in passes], sends
 
 
 class _Shape:
@@ -253,23 +242,12 @@ def _waits(host: float, device: float) -> float:
     return float((host**3 + device**3) ** (1 / 3) - device)
 
 
-@lru_cache(maxsize=1 << 16)
-def _once(
-    stage: Stage,
-    network: Network,
-    ours: Software,
-    layout: Layout,
-    shards: int,
-    expert_shards: int,
-    zero_stage: int,
-    optimizer_replicas: int,
-    optimizer_offloaded: float,
-    weights_offloaded: bool,
-    gradient_bytes: int,
-    element: int,
-) -> _Once:
+@kept_by("model", "layout", *BY_STEP, "gradient_bytes", "precision", "devices_per_node")
+def _once(workload: Workload, stage: Stage, hardware: Hardware, ours: Software) -> _Once:
     """Data-parallel collectives, the optimizer, and the traffic with the host."""
-    hardware, replicas = network.hardware, layout.dp * layout.cp
+    network, layout = Network(hardware, workload.devices_per_node), workload.layout
+    element, gradient_bytes, zero_stage = workload.element, workload.gradient_bytes, workload.zero_stage
+    replicas = layout.dp * layout.cp
 
     def both(bytes_each: float, reduce: bool = False) -> float:
         collective = network.all_reduce if reduce else network.all_gather
@@ -280,9 +258,9 @@ def _once(
             experts = collective(stage.expert_parameters * bytes_each, layout.edp, layout.etp * layout.ep)
         return ours.data * (dense + experts)
 
-    shard = stage.dense_parameters / shards + stage.expert_parameters / expert_shards
+    shard = stage.dense_parameters / workload.shards + stage.expert_parameters / workload.expert_shards
     stepped = shard if zero_stage else stage.dense_parameters + stage.expert_parameters
-    share, link = optimizer_offloaded, hardware.host_link.bytes_per_second
+    share, link = workload.optimizer_offloaded, hardware.host_link.bytes_per_second
     host = share * shard * ((gradient_bytes + element) / link + 28 / hardware.host_adam_bytes_per_second)
     # Adam is bound by memory: fp32 weight and moments read and written, fp32 gradient read, model's weight written.
     # Before it gradients are read for their norm and scaled.
@@ -293,7 +271,7 @@ def _once(
         weights=both(element) if zero_stage else 0.0,
         optimizer=optimizer,
         host=host,
-        streamed=2 * shard * element / link if weights_offloaded else 0.0,
+        streamed=2 * shard * element / link if workload.weights_offloaded else 0.0,
     )
 
 

@@ -8,8 +8,9 @@ sum is fitted by memory_fitting.py.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.resources import files
 from math import erf, hypot, sqrt
 from typing import NamedTuple
@@ -87,13 +88,8 @@ class MemoryEstimate:
         """That a device of so many bytes does not hold it, by a normal distribution."""
         return 0.5 * (1 + erf((self.total - device_bytes) / (sqrt(2) * self.spread)))
 
-    def is_too_much(self, device_bytes: float) -> bool:
-        """Whether running out of memory is likelier than not, which is where a layout is refused (LIKELY_OUT)."""
-        return self.total > device_bytes
 
-
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """What a pipeline stage holds: numbers of layers, and one rank's parameters, by where they are reduced."""
 
     dense_layers: int
@@ -105,28 +101,26 @@ class Stage:
     """Reduced over EDP."""
 
 
-@lru_cache(maxsize=1 << 10)
 def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
     """The pipeline's stages, first to last; with virtual stages, which are dealt out in turn.
 
     Layers that are left over go one each to the virtual stages after the first, which has the embedding.
     """
-    parts = layout.pp * layout.vpp
+    tp, pp, ep, etp = layout.tp, layout.pp, layout.ep, layout.etp
+    parts = pp * layout.vpp
     per_chunk, over = divmod(model.layers, parts)
     starts = [per_chunk * part + min(over, max(0, part - 1)) for part in range(parts + 1)]
     starts[-1] = model.layers
-    every_layer = (
-        model.attention_split_parameters // layout.tp + model.attention_replicated_parameters + model.norm_parameters
-    )
-    dense_ffn = model.ffn_parameters // layout.tp
+    every_layer = model.attention_split_parameters // tp + model.attention_replicated_parameters + model.norm_parameters
+    dense_ffn = model.ffn_parameters // tp
     gate = model.hidden * model.shared_expert_gate
-    moe_ffn = model.router_parameters + (model.shared_expert_parameters - gate) // layout.tp + gate
-    experts = model.experts // layout.ep * model.expert_parameters // layout.etp
-    table = model.embedding_parameters // layout.tp
+    moe_ffn = model.router_parameters + (model.shared_expert_parameters - gate) // tp + gate
+    experts = model.experts // ep * model.expert_parameters // etp
+    table = model.embedding_parameters // tp
     found = []
-    for index in range(layout.pp):
-        is_first, is_last = index == 0, index == layout.pp - 1
-        held = [(starts[part], starts[part + 1]) for part in range(index, parts, layout.pp)]
+    for index in range(pp):
+        is_first, is_last = index == 0, index == pp - 1
+        held = [(starts[part], starts[part + 1]) for part in range(index, parts, pp)]
         per_stage = sum(end - start for start, end in held)
         dense = sum(max(0, min(end, model.dense_layers) - start) for start, end in held)
         moe = per_stage - dense
@@ -148,14 +142,35 @@ def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
     return tuple(found)
 
 
+class Kind(NamedTuple):
+    """Stages of equal shape."""
+
+    stage: Stage
+    first: int
+    """Number of the first of them, from 0."""
+    number: int
+
+
+@kept_by("model", *(f"layout.{degree}" for degree in ("tp", "pp", "vpp", "ep", "etp")))
+def kinds(workload: Workload) -> tuple[Kind, ...]:
+    every = stages(workload.model, workload.layout)
+    return tuple(Kind(stage, every.index(stage), number) for stage, number in Counter(every).items())
+
+
 def estimate_memory(workload: Workload, device: Hardware) -> MemoryEstimate:
     """Bytes on a rank of the pipeline stage that holds most."""
-    return MemoryEstimate(*map(round, max(_parts(workload, device, _unequal(workload)), key=sum)))
+    return MemoryEstimate(*max(_parts(workload, device, _unequal(workload)), key=sum))
+
+
+def is_too_much(workload: Workload, device: Hardware) -> bool:
+    """Whether running out of memory is likelier than not (LIKELY_OUT), quickly found: the mean is beyond."""
+    return max(map(sum, _parts(workload, device, _unequal(workload)))) > device.memory_bytes
 
 
 def stage_memory(workload: Workload, device: Hardware) -> list[MemoryEstimate]:
     """Bytes on a rank of each pipeline stage, first to last."""
-    return [MemoryEstimate(*map(round, parts)) for parts in _parts(workload, device, _held(workload))]
+    every = _held(workload, enumerate(stages(workload.model, workload.layout)))
+    return [MemoryEstimate(*parts) for parts in _parts(workload, device, every)]
 
 
 class _Held(NamedTuple):
@@ -171,37 +186,30 @@ class _Held(NamedTuple):
     """Not held: made by the optimizer's step."""
 
 
-_HELD_BY = (
-    *("model", "layout", "zero_stage", "optimizer_replicas", "optimizer_offloaded", "weights_offloaded"),
-    *("precision", "gradient_bytes", "moment_bytes"),
-)
-
-
-@kept_by(*_HELD_BY)
-def _held(workload: Workload) -> tuple[_Held, ...]:
-    """By stages, first to last."""
+def _held(workload: Workload, asked: Iterable[tuple[int, Stage]]) -> tuple[_Held, ...]:
+    """By some of the stages, each with its number."""
     element, sharded, gradient_bytes = workload.element, workload.zero_stage, workload.gradient_bytes
     # Mixed precision keeps an fp32 copy of the weights beside Adam's two moments; fp32 needs no copy.
     kept = 2 * workload.moment_bytes + (0 if workload.precision == "fp32" else 4)
     optimizer_bytes = kept * (1 - workload.optimizer_offloaded)
     found = []
-    for index, stage in enumerate(stages(workload.model, workload.layout)):
+    for place, stage in asked:
         parameters = stage.dense_parameters + stage.expert_parameters
         shard = stage.dense_parameters / workload.shards + stage.expert_parameters / workload.expert_shards
         weights = 0.0 if workload.weights_offloaded else (parameters if sharded < 3 else shard) * element
         gradients = (parameters if sharded < 2 else shard) * gradient_bytes
         optimizer = (shard if sharded >= 1 else parameters) * optimizer_bytes
-        found.append(_Held(index, stage, weights, gradients, optimizer, shard * 4 if gradient_bytes < 4 else 0.0))
+        found.append(_Held(place, stage, weights, gradients, optimizer, shard * 4 if gradient_bytes < 4 else 0.0))
     return tuple(found)
 
 
-@kept_by(*_HELD_BY)
+@kept_by(
+    *("model", "layout", "zero_stage", "optimizer_replicas", "optimizer_offloaded", "weights_offloaded"),
+    *("precision", "gradient_bytes", "moment_bytes"),
+)
 def _unequal(workload: Workload) -> tuple[_Held, ...]:
-    """The first of each kind of stage: of equal ones it has most micro-batches in flight."""
-    found: dict[Stage, _Held] = {}
-    for held in _held(workload):
-        found.setdefault(held.stage, held)
-    return tuple(found.values())
+    """By the first of each kind of stage: of equal ones it has most micro-batches in flight."""
+    return _held(workload, ((kind.first, kind.stage) for kind in kinds(workload)))
 
 
 class _Passing(NamedTuple):
@@ -233,12 +241,12 @@ def _passing(workload: Workload) -> _Passing:
     return _Passing(dense.kept, moe.kept, _workspace(workload) + max(dense.again, moe.again), head)
 
 
-def _parts(workload: Workload, device: Hardware, asked: tuple[_Held, ...]) -> list[tuple[float, ...]]:
+def _parts(workload: Workload, device: Hardware, asked: tuple[_Held, ...]) -> list[tuple[int, ...]]:
     """Fields of MemoryEstimate for some of the stages."""
     layout, micro_batches = workload.layout, workload.micro_batches
     dense, moe, workspace, head = _passing(workload)
     reserved = device.reserved_bytes * (1 - COMMUNICATOR_SHARE * _groups(layout).count(1))
-    found: list[tuple[float, ...]] = []
+    found: list[tuple[int, ...]] = []
     for place, stage, weights, gradients, optimizer, update in asked:
         layers = stage.dense_layers * dense + stage.moe_layers * moe
         activations = in_flight(layout, place, micro_batches) * layers
@@ -249,7 +257,8 @@ def _parts(workload: Workload, device: Hardware, asked: tuple[_Held, ...]) -> li
         else:
             update = 0.0
         overhead = reserved + FITTED["slack"] * (activations + alive + update)
-        found.append((weights, gradients, optimizer, activations, logits, alive, update, overhead))
+        parts = weights, gradients, optimizer, activations, logits, alive, update, overhead
+        found.append(tuple(map(round, parts)))
     return found
 
 

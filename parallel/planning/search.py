@@ -12,7 +12,7 @@ from jobs.errors import InputError
 from jobs.spec import JobSpec
 from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, batch_refusal, refusal
 from parallel.estimates.hardware import GIB, Hardware
-from parallel.estimates.memory import MemoryEstimate, estimate_memory
+from parallel.estimates.memory import MemoryEstimate, estimate_memory, is_too_much
 from parallel.estimates.workload import Workload
 from parallel.layout import ATTENTION_AXES, Layout, divisors
 from parallel.planning.options import label, recomputed, variants
@@ -58,8 +58,10 @@ class Search:
         self.job, self.device = job, device
         self.rejections: dict[str, Rejection] = {}
         self.nearest_miss: MemoryEstimate | None = None
+        self.candidates = 0
+        """Layouts with a micro-batch and all options that the engine runs."""
         self.evaluations = 0
-        """Of memory: a layout with a micro-batch and all its options."""
+        """Candidates whose memory was estimated, and those that fit, whose time is."""
         self._variants = [_variant(each) for each in variants(job)]
 
     def fitting(self) -> Iterator[tuple[Layout, list[Fit]]]:
@@ -157,6 +159,7 @@ class Search:
             self._reject(refused[0].key, refused[0].axis, refused[1])
             return []
         allowed = [micro_batch for micro_batch in choices if not refusals[micro_batch]]
+        self.candidates += len(allowed) * len(runnable)
         fits: list[Fit] = []
         fitting: list[tuple[_Variant, int]] = []
         nearest: Fit | None = None
@@ -174,22 +177,20 @@ class Search:
                 most += 1
             if most > least:
                 fitting.append((variant, most))
+        self.evaluations += len(fits)
         if nearest and not fits:
             self._miss(layout, nearest)
         return fits
 
-    def _memory(self, step: Workload) -> MemoryEstimate:
-        self.evaluations += 1
-        return estimate_memory(step, self.device)
-
     def _too_much(self, step: Workload) -> bool:
-        return self._memory(step).is_too_much(self.device.memory_bytes)
+        self.evaluations += 1
+        return is_too_much(step, self.device)
 
     def _needed(self, fit: Fit) -> int:
-        return self._memory(fit.workload).total
+        return estimate_memory(fit.workload, self.device).total
 
     def _miss(self, layout: Layout, nearest: Fit) -> None:
-        memory, options = self._memory(nearest.workload), label(nearest.job.layout.options)
+        memory, options = estimate_memory(nearest.workload, self.device), label(nearest.job.layout.options)
         reason = (
             f"{layout.label} with micro_batch={nearest.workload.micro_batch}{options and ', '}{options} needs "
             f"{memory.total / GIB:.1f} GiB a device, which has {self.device.memory_bytes / GIB:.1f} GiB"
