@@ -20,6 +20,7 @@ from typing import Any
 
 from jobs.spec import JobSpec
 from orchestrator.messages import PACKET_BYTES, Event, RankLaunch, Report, parse_report
+from orchestrator.pulse import Pulses, new_page
 from orchestrator.run_folder import RunFolder
 
 _KILL_SECONDS = 30.0
@@ -36,6 +37,7 @@ class NodeAgent:
         self._address = _own_address()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._live: dict[int, int] = {}  # rank -> pid
+        self._pulses: dict[int, Pulses] = {}
         self._changed = threading.Condition()
         self._log_folder = self._run.local or Path(tempfile.mkdtemp(prefix="fivefold-logs-"))
 
@@ -84,10 +86,13 @@ class NodeAgent:
             launch = RankLaunch.model_validate(record)
             log = self._log_folder / log_name(launch.attempt, launch.rank)
             message = {"kind": "fork", "launch": record, "log": str(log)}
-            descriptors = [self._store.fileno()] if launch.rank == 0 else []
+            page = new_page()
+            self._pulses[launch.rank] = Pulses(page)
+            descriptors = [page, self._store.fileno()] if launch.rank == 0 else [page]
             with self._changed:
                 self._live[launch.rank] = 0
             socket.send_fds(self._zygote, [json.dumps(message).encode()], descriptors)
+            os.close(page)
             if launch.rank == 0:
                 self._store.close()
 

@@ -24,6 +24,8 @@ from orchestrator.run_folder import import_filesystem
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_MOST_DESCRIPTORS = 2
+"""Sent with a fork: the rank's page (orchestrator/pulse.py) and, to rank 0, the store that it serves."""
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ class Zygote:
 
     def _obey(self) -> bool:
         try:
-            packet, descriptors, _, _ = socket.recv_fds(self._control, PACKET_BYTES, 1)
+            packet, descriptors, _, _ = socket.recv_fds(self._control, PACKET_BYTES, _MOST_DESCRIPTORS)
         except ConnectionResetError:  # gone, with something of ours unread
             return False
         if not packet:
@@ -103,7 +105,7 @@ class Zygote:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            status = self._run_rank(launch, self._report_fd, descriptors[0] if descriptors else None)
+            status = self._run_rank(launch, self._report_fd, *descriptors)
         except BaseException:
             import traceback
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from jobs.errors import InputError
 from orchestrator.messages import LEFT_ON_REQUEST, RankLaunch, StepReport
+from orchestrator.pulse import Pulse
 from orchestrator.worker.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ def import_engine(engine: str, device: str) -> ModuleType:
     return megatron
 
 
-def run(launch: RankLaunch, report_fd: int, store_fd: int | None) -> int:
+def run(launch: RankLaunch, report_fd: int, pulse_fd: int, store_fd: int | None = None) -> int:
     """Train from the newest good checkpoint to the last step. Returns the exit code."""
     stopping = StopRequest()
-    reporter = Reporter(launch, report_fd)
+    reporter, pulse = Reporter(launch, report_fd), Pulse(pulse_fd)
     try:
-        return _Rank(launch, reporter, stopping, store_fd).train()
+        return _Rank(launch, reporter, pulse, stopping, store_fd).train()
     except InputError as error:
         reporter.event("input_error", str(error))
         traceback.print_exc()
@@ -67,13 +68,15 @@ class StopRequest:
 
 
 class _Rank:
-    def __init__(self, launch: RankLaunch, reporter: Reporter, stopping: StopRequest, store_fd: int | None) -> None:
+    def __init__(
+        self, launch: RankLaunch, reporter: Reporter, pulse: Pulse, stopping: StopRequest, store_fd: int | None
+    ) -> None:
         import torch
 
         from parallel.layout import Layout
 
         self._launch, self._job, self._reporter, self._stopping = launch, launch.job, reporter, stopping
-        self._torch = torch
+        self._torch, self._pulse = torch, pulse
         self._layout = Layout.of(self._job.layout)
         if self._job.cluster.device == "cuda":
             self._device = torch.device("cuda", launch.local_rank)
@@ -90,8 +93,10 @@ class _Rank:
         at = ", ".join(f"{axis} {index}" for axis, index in layout.coordinates(self._launch.rank).items())
         print(f"attempt {self._launch.attempt}: rank {self._launch.rank} of {layout.world} ({at}) on {self._device}")
         began = time.monotonic()
+        self._pulse.enter("build")
         engine = import_engine(job.engine, self._device.type).build(job, layout, self._device)
         built = time.monotonic()
+        self._pulse.enter("restore")
         text = data.open_data(job.data, train, job.model.vocab)
         checkpoints = Checkpoints(self._launch, layout, self._reporter)
         start = checkpoints.restore(engine)
@@ -113,17 +118,21 @@ class _Rank:
         micro_batch = job.layout.micro_batch
         assert micro_batch is not None, "job.json is resolved before it is run"
         unsaved: list[StepReport] = []
+        left = False
         for step in range(start + 1, train.steps + 1):
             self._inject(step)
             clock = [time.monotonic()]
+            self._pulse.enter("data", step)
             batches = text.batches(step, dp_rank, layout.dp, micro_batch)
             clock.append(time.monotonic())
+            self._pulse.enter("compute")
             rate = schedule.learning_rate(train, step)
             result = engine.train_step(step, rate, batches)
             clock.append(time.monotonic())
             last = step == train.steps
             validation_loss = None
             if train.eval_batches and (last or (train.eval_interval and step % train.eval_interval == 0)):
+                self._pulse.enter("evaluate")
                 held_out = [
                     batch
                     for index in range(train.eval_batches)
@@ -148,14 +157,18 @@ class _Rank:
             self._reporter.send(report)
             print(f"step {step}  loss {result.loss:.6f}  grad norm {result.grad_norm:.6f}  {report.step_seconds:.3f} s")
             unsaved.append(report)
+            self._pulse.enter("agree")
             stop = self._agreed_to_stop()
             every = job.checkpoint.interval
             if every and (last or stop or step % every == 0):
+                self._pulse.enter("checkpoint")
                 checkpoints.save(engine, step, unsaved)
                 unsaved.clear()
-            if stop and not last:
-                return LEFT_ON_REQUEST
-        return 0
+            left = stop and not last
+            if left:
+                break
+        self._pulse.enter("end")
+        return LEFT_ON_REQUEST if left else 0
 
     def _read_weights(self, engine: Engine, folder: str) -> None:
         from models.huggingface import source

@@ -19,6 +19,7 @@ import pytest
 from runs import rank_launch
 
 from orchestrator.messages import PACKET_BYTES
+from orchestrator.pulse import new_page
 
 HOST = Path(__file__).with_name("zygote_host.py")
 ROOT = Path(__file__).parents[3]
@@ -54,7 +55,9 @@ class Agent:
         launch = rank_launch(launch_of, rank, attempt)
         log = self.logs / f"attempt-{attempt}" / f"rank-{rank}.log"
         message = {"kind": "fork", "launch": launch.model_dump(mode="json"), "log": str(log)}
-        socket.send_fds(self.control, [json.dumps(message).encode()], list(descriptors))
+        page = new_page()
+        socket.send_fds(self.control, [json.dumps(message).encode()], [page, *descriptors])
+        os.close(page)
 
     def fork(self, launch_of: str, rank: int, attempt: int = 1) -> None:
         """Start a rank that stays, and wait until it is at work."""
