@@ -16,6 +16,7 @@ import torch
 from jobs.architecture import ModelArchitecture
 from jobs.spec import JobSpec, LayoutSpec
 from models.megatron_attention import GATHER, RING, CausalAttention, rotate_as_called
+from models.uncompiled import uncompiled
 from parallel.layout import Layout
 
 # Said by Megatron and, about Megatron, by torch, of things that are meant to be as they are.
@@ -31,10 +32,7 @@ for _message, _category in (
 ):
     warnings.filterwarnings("ignore", _message, _category)
 
-# Megatron decorates some forty functions with torch.compile when it is imported. That costs two seconds, wants a C++
-# compiler at run time, and of these functions only a part of the router that does nothing would ever be called here.
-_compile, torch.compile = torch.compile, lambda function, **options: function
-try:
+with uncompiled():
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.backends import LocalSpecProvider
@@ -54,8 +52,6 @@ try:
     )
 
     from models.megatron_moe import LeanExperts, Router
-finally:
-    torch.compile = _compile
 
 
 class RMSNorm(torch.nn.Module):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as torch_checkpoint
+
+from models.uncompiled import uncompiled
 
 # Said by torch of what Megatron calls of it.
 for _message in (
@@ -15,9 +16,7 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", _message, FutureWarning)
 
-# As in models.megatron_specs: Megatron's decorators would import a compiler that is never called.
-_compile, torch.compile = torch.compile, lambda function, **options: function
-try:
+with uncompiled():
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedStateDict
     from megatron.core.dist_checkpointing.strategies.torch import (
@@ -26,8 +25,6 @@ try:
         _replace_state_dict_keys_with_sharded_keys,
         mcore_to_pyt_state_dict,
     )
-finally:
-    torch.compile = _compile
 
 
 class _WriteInProcess(TorchDistSaveShardedStrategy):

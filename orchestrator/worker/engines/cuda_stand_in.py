@@ -13,16 +13,19 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import megatron.core.optimizer
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import distrib_optimizer
-from megatron.core.pipeline_parallel import p2p_communication
-from megatron.core.tensor_parallel import mappings
-from megatron.core.tensor_parallel import random as megatron_random
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+from models.uncompiled import uncompiled
 from orchestrator.worker.engines.adam import AdamW
+
+with uncompiled():
+    import megatron.core.optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.pipeline_parallel import p2p_communication
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
