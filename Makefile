@@ -5,7 +5,7 @@ SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow exact exact-random lint validate-planner bench-planner wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-random fuzz-checkpoints lint validate-planner bench-planner wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
@@ -25,6 +25,10 @@ exact: $(VENV)/.ready
 # Each night: other layouts, drawn from a seed that is printed first.
 exact-random: $(VENV)/.ready
 	$(BIN)/python tests/exactness/run.py --seed $(SEED)
+
+# Trainings killed, or refused by their disk, at 600 seeded changes to their checkpoints; each is resumed and compared.
+fuzz-checkpoints: $(VENV)/.ready
+	PYTHONPATH=. $(BIN)/python tests/orchestrator/worker/crashes.py 600
 
 # What the planner predicts of a table of published measurements, by source: make validate-planner TABLE=path.
 validate-planner: $(VENV)/.ready

@@ -162,11 +162,16 @@ class TrainSpec(Spec):
 class CheckpointSpec(Spec):
     interval: int = Field(ge=0, description="steps between checkpoints, and one after the last step; 0: none")
     keep: int = Field(3, ge=1, description="newest checkpoints kept")
+    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of so many steps are kept too; 0: none")
+    keep_best: int = Field(0, ge=0, description="checkpoints of lowest validation loss that are kept too")
 
 
 class PolicySpec(Spec):
     max_restarts: int = Field(3, ge=0, description="failed attempts a run survives")
     grace_seconds: float = Field(300.0, gt=0, description="longest wait for a checkpoint when asked to stop")
+    unsaved_minutes: float = Field(
+        60.0, gt=0, description="longest training with no new checkpoint kept, where disks or stores refuse them"
+    )
     start_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for the cluster's devices")
 
 

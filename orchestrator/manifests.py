@@ -1,28 +1,34 @@
-"""Checkpoints as the run folder tells of them: a folder with a manifest, written last. No manifest, no checkpoint."""
+"""Checkpoints as the run folder tells of them: a folder with a manifest, written last. No manifest, no checkpoint.
+
+A manifest names every file with its size and hash, and carries a hash of itself, its seal: a checkpoint that is not all
+there, or not as it was written, is seen to be damaged before anything of it is used.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError
-from jobs.spec import JobSpec, LayoutSpec
+from jobs.spec import CheckpointSpec, JobSpec, LayoutSpec
+from orchestrator.files import FileEntry
 from orchestrator.messages import StepReport
 from orchestrator.run_folder import RunFolder
 
-FORMAT = 1
+FORMAT = 2
+VERSION = "0.1.0"
+"""Of Fivefold, told in a manifest, so that an older one can say which version reads it."""
 _CHUNK_BYTES = 1 << 22
 
 
-class FileEntry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    size_bytes: int
-    sha256: str
+class DamagedError(InputError):
+    """A manifest that is not as it was written: another checkpoint is to be used."""
 
 
 class CheckpointManifest(BaseModel):
@@ -31,6 +37,9 @@ class CheckpointManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # reports may hold NaN
 
     format: int = FORMAT
+    fivefold: str = VERSION
+    seal: str = ""
+    """SHA-256 of the file with this empty; `write` fills it."""
     run_id: str
     attempt: int
     step: int
@@ -45,6 +54,12 @@ class CheckpointManifest(BaseModel):
     reports: tuple[StepReport, ...]
     """Rank 0's, of the steps since the checkpoint before: with no controller to hear them, they are told here."""
     files: tuple[FileEntry, ...]
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The newest of its reports, nats; None where no step since the checkpoint before was evaluated."""
+        losses = (report.validation_loss for report in reversed(self.reports))
+        return next((loss for loss in losses if loss is not None), None)
 
     @property
     def size_bytes(self) -> int:
@@ -62,21 +77,77 @@ def steps(run: RunFolder) -> list[int]:
     return sorted(found, reverse=True)
 
 
+def write(run: RunFolder, manifest: CheckpointManifest) -> CheckpointManifest:
+    """Make a checkpoint of files that are all there; returns the manifest with its seal."""
+    unsealed = manifest.model_copy(update={"seal": ""})
+    sealed = unsealed.model_copy(update={"seal": _seal(_encoded(unsealed))})
+    run.write(f"{folder_name(manifest.step)}/manifest.json", _encoded(sealed))
+    return sealed
+
+
 def read(run: RunFolder, step: int) -> CheckpointManifest:
-    """The manifest of a step. InputError where there is none or it cannot be understood."""
+    """The manifest of a step. DamagedError where it is not as it was written, InputError where there is none.
+
+    InputError too where it is of another format, which says of which version of Fivefold.
+    """
     name = f"{folder_name(step)}/manifest.json"
-    record = run.read_json(name)
-    if record is None:
+    try:
+        content = run.read(name)
+    except FileNotFoundError:
         nearest = min(steps(run), key=lambda other: abs(other - step), default=None)
-        raise InputError("checkpoint", step, f"{run.run_id} has no such checkpoint", nearest)
-    written = record.get("format") if isinstance(record, dict) else None
-    if written != FORMAT:
-        rule = f"is of checkpoint format {written}; this version reads format {FORMAT}"
+        raise InputError("checkpoint", step, f"{run.run_id} has no such checkpoint", nearest) from None
+    try:
+        record = json.loads(content)
+    except ValueError as error:
+        raise DamagedError(run.path(name), None, f"is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise DamagedError(run.path(name), None, "is not a manifest")
+    written = record.get("format")
+    if isinstance(written, int) and written != FORMAT:
+        by = f", which fivefold {record['fivefold']} wrote and reads" if "fivefold" in record else ""
+        rule = f"is of checkpoint format {written}{by}; this version, {VERSION}, reads format {FORMAT}"
         raise InputError(run.path(name), None, rule)
     try:
-        return CheckpointManifest.model_validate(record)
+        manifest = CheckpointManifest.model_validate(record)
     except ValidationError as error:
-        raise InputError(run.path(name), None, f"is not a manifest: {error.errors()[0]['msg']}") from None
+        raise DamagedError(run.path(name), None, f"is not a manifest: {error.errors()[0]['msg']}") from None
+    if manifest.step != step:
+        raise DamagedError(run.path(name), None, f"is the manifest of step {manifest.step}")
+    if not manifest.seal or manifest.seal != _seal(content.replace(_field(manifest.seal), _field(""), 1)):
+        raise DamagedError(run.path(name), None, "is not as it was written: its seal does not fit it")
+    return manifest
+
+
+def whole(run: RunFolder) -> list[CheckpointManifest]:
+    """The manifests that are as they were written, newest first. InputError for one of another format."""
+    found = []
+    for step in steps(run):
+        try:
+            found.append(read(run, step))
+        except DamagedError:
+            continue  # whoever loads it tells of it
+    return found
+
+
+def verified(run: RunFolder, step: int) -> tuple[CheckpointManifest | None, list[str]]:
+    """The manifest of a step, None where it is damaged, and what is wrong with the checkpoint. Reads all of it."""
+    try:
+        manifest = read(run, step)
+    except DamagedError as error:
+        return None, [str(error)]
+    return manifest, [text for entry in manifest.files if (text := damage(run, step, entry))]
+
+
+def _encoded(manifest: CheckpointManifest) -> bytes:
+    return manifest.model_dump_json(indent=1).encode()
+
+
+def _field(seal: str) -> bytes:
+    return f'"seal": "{seal}"'.encode()
+
+
+def _seal(unsealed: bytes) -> str:
+    return hashlib.sha256(unsealed).hexdigest()
 
 
 def check_job(manifest: CheckpointManifest, job: JobSpec, place: str) -> None:
@@ -112,10 +183,27 @@ def damage(run: RunFolder, step: int, entry: FileEntry) -> str | None:
     return None if found == entry.sha256 else f"{name} has SHA-256 {found[:12]}, {entry.sha256[:12]} was written"
 
 
-def prune(run: RunFolder, keep: int) -> list[int]:
-    """Remove all but the newest `keep` checkpoints; the manifest goes first, so that no half checkpoint looks whole."""
-    surplus = steps(run)[keep:]
-    for step in surplus:
-        run.remove(f"{folder_name(step)}/manifest.json")
-        run.remove(folder_name(step))
-    return surplus
+def surplus(found: Sequence[CheckpointManifest], spec: CheckpointSpec) -> list[int]:
+    """Steps whose checkpoints are kept for no reason. Of `found`, the newest is always kept."""
+    ordered = sorted(found, key=lambda manifest: -manifest.step)
+    kept = {manifest.step for manifest in ordered[: spec.keep]}
+    if spec.keep_every:
+        kept |= {manifest.step for manifest in ordered if manifest.step % spec.keep_every == 0}
+    losses = [(manifest.validation_loss, manifest.step) for manifest in ordered]
+    judged = sorted((loss, step) for loss, step in losses if loss is not None and math.isfinite(loss))
+    kept |= {step for _, step in judged[: spec.keep_best]}
+    return [manifest.step for manifest in ordered if manifest.step not in kept]
+
+
+def prune(run: RunFolder, spec: CheckpointSpec) -> list[int]:
+    """Remove what `surplus` names. What is damaged counts for nothing, and stays to be looked at."""
+    removed = surplus(whole(run), spec)
+    for step in removed:
+        remove(run, step)
+    return removed
+
+
+def remove(run: RunFolder, step: int) -> None:
+    """The manifest goes first, so that no half checkpoint looks whole."""
+    run.remove(f"{folder_name(step)}/manifest.json")
+    run.remove(folder_name(step))

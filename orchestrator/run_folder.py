@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jobs.errors import InputError, closest
+from orchestrator.files import Hook, remove_tree, replace_file, unhindered
 
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,100}")
 _REMOTE_REWRITE_SECONDS = 2.0
@@ -33,9 +34,10 @@ def is_url(place: str) -> bool:
 class RunFolder:
     """Files of one run by name relative to its folder (`checkpoints/step-00000020/manifest.json`)."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, before: Hook = unhindered) -> None:
         from fsspec.core import url_to_fs
 
+        self.before = before
         place = place.removeprefix("file://")
         self.place = place.rstrip("/") if is_url(place) else str(Path(place).expanduser().resolve())
         try:
@@ -94,15 +96,10 @@ class RunFolder:
         """Whole or not at all: by rename on a disk, by one put on an object store."""
         path = self.path(name)
         if self.local is None:
+            self.before("upload", name)
             self._files.pipe_file(path, content)
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.{os.getpid()}.partial"
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        else:
+            replace_file(path, content, self.before)
 
     def write_json(self, name: str, record: Any) -> None:
         self.write(name, json.dumps(record, indent=2).encode() + b"\n")
@@ -149,6 +146,7 @@ class RunFolder:
             return None
 
     def upload(self, source: Path, name: str) -> None:
+        self.before("upload", name)
         self._files.put_file(str(source), self.path(name))
 
     def download(self, name: str, target: Path) -> None:
@@ -159,7 +157,10 @@ class RunFolder:
 
     def remove(self, name: str) -> None:
         """A file or a whole folder of the run; nothing happens where it does not exist."""
-        if self._files.exists(self.path(name)):
+        if self.local is not None:
+            remove_tree(self.local / name, self.before)
+        elif self._files.exists(self.path(name)):
+            self.before("remove", name)
             self._files.rm(self.path(name), recursive=True)
 
 

@@ -252,7 +252,7 @@ def checkpoint_ls(options: argparse.Namespace) -> Answer:
     from orchestrator.control import tables
 
     run = find_run(options.run_root, options.run)
-    found = [manifests.read(run, step) for step in manifests.steps(run)]
+    found = manifests.whole(run)
     if not options.json:
         tables.checkpoints(run, found)
     return {"run_id": run.run_id, "checkpoints": [each.model_dump(mode="json") for each in found]}, DONE
@@ -264,11 +264,11 @@ def checkpoint_verify(options: argparse.Namespace) -> Answer:
     run = find_run(options.run_root, options.run)
     verdicts = []
     for step in manifests.steps(run):
-        manifest = manifests.read(run, step)
-        problems = [text for entry in manifest.files if (text := manifests.damage(run, step, entry))]
-        verdicts.append({"step": step, "files": len(manifest.files), "whole": not problems, "problems": problems})
+        manifest, problems = manifests.verified(run, step)
+        files = len(manifest.files) if manifest else 0
+        verdicts.append({"step": step, "files": files, "whole": not problems, "problems": problems})
         if not options.json:
-            print(f"step {step}: " + ("; ".join(problems) or f"whole, {len(manifest.files)} files"))
+            print(f"step {step}: " + ("; ".join(problems) or f"whole, {files} files"))
     if not verdicts and not options.json:
         print(f"{run.run_id} has no checkpoint")
     return {"run_id": run.run_id, "checkpoints": verdicts}, DONE if all(each["whole"] for each in verdicts) else FAILED

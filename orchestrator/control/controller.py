@@ -113,7 +113,7 @@ class Controller:
 
     def _catch_up(self) -> Stop | None:
         """Tell of the steps that ranks trained and saved with their agent lost. They may be all that were left."""
-        saved = [manifests.read(self._record.run, step) for step in reversed(manifests.steps(self._record.run))]
+        saved = manifests.whole(self._record.run)[::-1]
         for manifest in saved:
             self._record.catch_up(manifest.reports)
         if saved and saved[-1].step == self._job.train.steps:
@@ -149,9 +149,8 @@ class Controller:
 
     def _launch(self) -> None:
         job, record = self._job, self._record
-        steps = manifests.steps(record.run)
-        for step in steps:
-            manifests.check_job(manifests.read(record.run, step), job, record.run.place)
+        for manifest in manifests.whole(record.run):
+            manifests.check_job(manifest, job, record.run.place)
         per_node = job.cluster.devices_per_node
         ranks = range(self._layout.world)
         record.begin_attempt({rank: self._machines.nodes[rank // per_node] for rank in ranks})
@@ -167,7 +166,7 @@ class Controller:
                     store_port=port,
                     run_folder=record.run.place,
                     job=job,
-                    checkpoint_steps=tuple(steps),
+                    checkpoint_steps=tuple(manifests.steps(record.run)),
                     inject_fault=not self._fault_is_spent(),
                 )
                 for rank in ranks
@@ -190,7 +189,7 @@ class Controller:
         record.event(report)
         if report.kind == "training_started":
             record.ledger.switch("productive", report.at)
-        if report.kind == "checkpoint_written":
+        if report.kind in ("checkpoint_written", "checkpoint_staged"):
             record.ledger.stall(report.at, report.data["seconds"])
         if report.kind == "rank_exited":
             assert report.rank is not None

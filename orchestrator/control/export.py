@@ -30,7 +30,7 @@ def export(run: RunFolder, format: str, step: int | None, to: str | None) -> dic
     steps = manifests.steps(run)
     if not steps:
         raise InputError("checkpoint", step, f"{run.run_id} has none")
-    kind = family(manifests.read(run, step or steps[0]).model)
+    kind = family(_described(run, step, steps).model)
     if to:
         _check_free(Path(to).expanduser())
     wanted = _newest_whole(run, steps) if step is None else _whole(run, step, steps)
@@ -63,6 +63,13 @@ def export(run: RunFolder, format: str, step: int | None, to: str | None) -> dic
     }
 
 
+def _described(run: RunFolder, step: int | None, steps: Sequence[int]) -> CheckpointManifest:
+    if step is not None:
+        return manifests.read(run, step)
+    newest = next(iter(manifests.whole(run)), None)
+    return newest or manifests.read(run, steps[0])
+
+
 def _check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError("--to", str(folder), "is a file", f"{folder}-2")
@@ -72,22 +79,16 @@ def _check_free(folder: Path) -> None:
 
 def _newest_whole(run: RunFolder, steps: Sequence[int]) -> CheckpointManifest:
     for step in steps:
-        manifest = manifests.read(run, step)
-        problems = _problems(run, manifest)
-        if not problems:
+        manifest, problems = manifests.verified(run, step)
+        if manifest and not problems:
             return manifest
         print(f"checkpoint at step {step} is damaged and left aside: {'; '.join(problems)}", file=sys.stderr)
     raise InputError("checkpoint", ", ".join(map(str, steps)), "none of them is whole")
 
 
 def _whole(run: RunFolder, step: int, steps: Sequence[int]) -> CheckpointManifest:
-    manifest = manifests.read(run, step)
-    problems = _problems(run, manifest)
-    if problems:
-        whole = (other for other in steps if other != step and not _problems(run, manifests.read(run, other)))
+    manifest, problems = manifests.verified(run, step)
+    if problems or manifest is None:
+        whole = (other for other in steps if other != step and not manifests.verified(run, other)[1])
         raise InputError("checkpoint", step, f"is damaged: {'; '.join(problems)}", next(whole, None))
     return manifest
-
-
-def _problems(run: RunFolder, manifest: CheckpointManifest) -> list[str]:
-    return [text for entry in manifest.files if (text := manifests.damage(run, manifest.step, entry))]

@@ -119,8 +119,8 @@ def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
     if newest >= steps and (steps != saved.train.steps or status_of(run)["state"] == "done"):
         rule = f"all {newest} steps of {run.run_id} are trained"
         raise InputError("train.steps", steps, rule, f"train.steps={2 * newest}")
-    if newest:  # older ones may go while ranks of a dead controller are still saving
-        manifests.check_job(manifests.read(run, newest), job, run.place)
+    for manifest in manifests.whole(run)[:1]:  # older ones may go while ranks of a dead controller are still saving
+        manifests.check_job(manifest, job, run.place)
     return job
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from jobs.architecture import ModelArchitecture
 from models.megatron_shards import whole_shards
+from orchestrator.worker import checkpoint_tensors
 
 Read = Callable[[str], Tensor]
 """Gives one of `jobs.tensors` by its name, in the precision that it was saved in."""
@@ -71,7 +71,7 @@ class _Stored:
     """A folder in the format of torch.distributed.checkpoint: each tensor in chunks, each chunk a saved tensor."""
 
     def __init__(self, folder: Path) -> None:
-        metadata = FileSystemReader(folder).read_metadata()
+        metadata = checkpoint_tensors.read(folder)
         self._folder, self._places = folder, metadata.storage_data
         tensors = metadata.state_dict_metadata.items()
         self._entries = {key: entry for key, entry in tensors if isinstance(entry, TensorStorageMetadata)}

@@ -162,11 +162,13 @@ class _Rank:
             every = job.checkpoint.interval
             if every and (last or stop or step % every == 0):
                 self._pulse.enter("checkpoint")
-                checkpoints.save(engine, step, unsaved)
-                unsaved.clear()
+                if checkpoints.save(engine, step, unsaved):
+                    unsaved.clear()
             left = stop and not last
             if left:
                 break
+        self._pulse.enter("checkpoint")
+        checkpoints.close()
         self._pulse.enter("end")
         return LEFT_ON_REQUEST if left else 0
 

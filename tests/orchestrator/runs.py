@@ -13,7 +13,8 @@ from typing import Any
 from jobs.compose import amend, compose
 from jobs.spec import JobSpec
 from orchestrator import manifests
-from orchestrator.manifests import CheckpointManifest, FileEntry
+from orchestrator.files import FileEntry
+from orchestrator.manifests import CheckpointManifest
 from orchestrator.messages import Event, RankLaunch, StepReport
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
@@ -99,9 +100,7 @@ def make_checkpoint(run: RunFolder, step: int, spec: JobSpec | None = None, **ch
             for name, content in contents.items()
         ),
     }
-    manifest = CheckpointManifest(**(written | changes))
-    run.write(f"{folder}/manifest.json", manifest.model_dump_json().encode())
-    return manifest
+    return manifests.write(run, CheckpointManifest(**(written | changes)))
 
 
 def change_json(run: RunFolder, name: str, **changes: Any) -> None:

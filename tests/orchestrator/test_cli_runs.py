@@ -103,8 +103,8 @@ def test_a_run_with_a_checkpoint_of_another_model_or_format_cannot_be_resumed(
     make_checkpoint(run, 40, job("model.layers=8"))
     place = f"{run.place}/checkpoints/step-00000040"
     assert "another model: layers 8 there, 4 here" in refused(fivefold("resume", "quick-1"), place)
-    change_json(run, "checkpoints/step-00000040/manifest.json", format=2)
-    assert "is of checkpoint format 2" in refused(fivefold("resume", "quick-1"), f"{place}/manifest.json")
+    change_json(run, "checkpoints/step-00000040/manifest.json", format=3)
+    assert "is of checkpoint format 3" in refused(fivefold("resume", "quick-1"), f"{place}/manifest.json")
 
 
 def test_a_run_whose_text_is_gone_cannot_be_resumed(fivefold: Fivefold, run: RunFolder, run_root: Path) -> None:

@@ -12,6 +12,7 @@ from runs import job, make_checkpoint, make_run, step_report
 
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError
+from jobs.spec import CheckpointSpec
 from orchestrator import manifests
 from orchestrator.run_folder import RunFolder
 
@@ -58,8 +59,15 @@ def test_a_checkpoint_that_is_not_there_names_the_nearest(run: RunFolder) -> Non
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda record: record | {"format": 2}, "is of checkpoint format 2; this version reads format 1"),
-        (lambda record: [], "is of checkpoint format None; this version reads format 1"),
+        (
+            lambda record: record | {"format": 3, "fivefold": "0.4.0"},
+            "is of checkpoint format 3, which fivefold 0.4.0 wrote and reads; this version, 0.1.0, reads format 2",
+        ),
+        (lambda record: [], "is not a manifest"),
+        (lambda record: record | {"step": 21}, "is the manifest of step 21"),
+        (lambda record: record | {"data_cursor": 7}, "is not as it was written: its seal does not fit it"),
+        (lambda record: record | {"files": [record["files"][0] | {"name": "../../job.json"}]}, "is not a manifest: "),
+        (lambda record: record | {"files": [record["files"][0] | {"name": "/etc/passwd"}]}, "is not a manifest: "),
         (lambda record: record | {"mystery": 1}, "is not a manifest: Extra inputs are not permitted"),
         (lambda record: record | {"step": "x"}, "is not a manifest: Input should be a valid integer"),
     ],
@@ -160,8 +168,8 @@ def test_a_digest_reads_files_longer_than_its_chunk(run: RunFolder, monkeypatch:
 def test_pruning_keeps_the_newest(run: RunFolder) -> None:
     for step in (20, 40, 60, 80):
         make_checkpoint(run, step)
-    assert manifests.prune(run, keep=4) == []
-    assert manifests.prune(run, keep=2) == [40, 20]
+    assert manifests.prune(run, CheckpointSpec(interval=20, keep=4)) == []
+    assert manifests.prune(run, CheckpointSpec(interval=20, keep=2)) == [40, 20]
     assert run.names("checkpoints") == ["step-00000060", "step-00000080"]
     assert damages(run, 80) == []
 
@@ -171,5 +179,30 @@ def test_the_manifest_is_removed_first(run: RunFolder, monkeypatch: pytest.Monke
         make_checkpoint(run, step)
     removed = []
     monkeypatch.setattr(RunFolder, "remove", lambda self, name: removed.append(name))
-    manifests.prune(run, keep=1)
+    manifests.prune(run, CheckpointSpec(interval=20, keep=1))
     assert removed == ["checkpoints/step-00000020/manifest.json", "checkpoints/step-00000020"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "kept"),
+    [
+        ({"keep": 1}, [60]),
+        ({"keep": 2, "keep_every": 20}, [60, 50, 40, 20]),
+        ({"keep": 1, "keep_best": 2}, [60, 40, 10]),
+        ({"keep": 9}, [60, 50, 40, 30, 20, 10]),
+    ],
+)
+def test_what_is_kept_is_new_or_regular_or_good(run: RunFolder, spec: dict[str, int], kept: list[int]) -> None:
+    losses = {10: 2.0, 20: 3.0, 30: math.nan, 40: 1.0, 50: None, 60: 2.5}
+    for step, loss in losses.items():
+        make_checkpoint(run, step, reports=(step_report(step, validation_loss=loss),))
+    manifests.prune(run, CheckpointSpec(interval=10, **spec))
+    assert manifests.steps(run) == kept
+
+
+def test_a_damaged_manifest_takes_no_good_ones_place(run: RunFolder) -> None:
+    for step in (20, 40):
+        make_checkpoint(run, step)
+    run.write("checkpoints/step-00000040/manifest.json", b"{")
+    assert manifests.prune(run, CheckpointSpec(interval=20, keep=1)) == []
+    assert [manifest.step for manifest in manifests.whole(run)] == [20]

@@ -25,6 +25,7 @@ from jobs.spec import JobSpec
 from models.reference import MoE, Router
 from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
+from orchestrator.files import FileEntry, Hook, unhindered
 from orchestrator.offload import check_nvme
 from orchestrator.worker.engines.protocol import Batch, StepResult
 from parallel.layout import Layout
@@ -138,8 +139,8 @@ class DeepSpeedEngine:
         for bias in self._biases():
             yield replace(bias, part=bias.read())
 
-    def save(self, folder: Path) -> None:
-        save(self._state, self._held(), self._biases(), folder)
+    def save(self, folder: Path, before: Hook = unhindered) -> list[FileEntry]:
+        return save(self._state, self._held(), self._biases(), folder, before)
 
     def load(self, folder: Path) -> None:
         load(self._state, self._held(), self._biases(), folder)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.nn import Parameter
 
 from models.weights import Shard
-from orchestrator.worker.engines.checkpoint_files import write_files
+from orchestrator.files import FileEntry, Hook
+from orchestrator.worker.engines.checkpoint_files import read_files, write_files
 from orchestrator.worker.engines.deepspeed_state import MOMENTS, Kept, State
 
 _READ_AT_ONCE = 1 << 28
@@ -35,7 +35,7 @@ class Held:
     block: Shard
 
 
-def save(state: State, held: Sequence[Held], buffers: Sequence[Shard], folder: Path) -> None:
+def save(state: State, held: Sequence[Held], buffers: Sequence[Shard], folder: Path, before: Hook) -> list[FileEntry]:
     """Collective. A block that several ranks hold is written by one of them, in turn, so that all write a share."""
     mine = _written_here([entry.block for entry in held] + list(buffers))
     found: dict[str, ShardedTensor | int] = {"steps": state.steps}
@@ -47,13 +47,13 @@ def save(state: State, held: Sequence[Held], buffers: Sequence[Shard], folder: P
     for block in buffers:
         if _place(block) in mine:
             found[_key("weight", block)] = _sharded("weight", block, block.read().cpu())
-    write_files(found, folder)
+    return write_files(found, folder, before)
 
 
 def load(state: State, held: Sequence[Held], buffers: Sequence[Shard], folder: Path) -> None:
     """Collective. Restore what `save` wrote."""
     wanted = {_key("weight", block): _sharded("weight", block, block.read().cpu()) for block in buffers}
-    read = dist_checkpointing.load({"steps": 0, **wanted}, str(folder), validate_access_integrity=False)
+    read = read_files({"steps": 0, **wanted}, folder, whole=False)
     for block in buffers:
         block.write(read[_key("weight", block)])
     state.renew(read["steps"])
@@ -63,7 +63,7 @@ def load(state: State, held: Sequence[Held], buffers: Sequence[Shard], folder: P
             for entry in entries
             for kept in KEPT
         }
-        read = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+        read = read_files(wanted, folder, whole=False)
         for entry in entries:
             for kept in KEPT:
                 state.write(entry.parameter, kept, read[_key(kept, entry.block)])

@@ -18,6 +18,7 @@ from jobs.spec import JobSpec
 from models.megatron_shards import megatron_shards
 from models.megatron_specs import build_model, transformer_config
 from models.weights import Shard, Source, drawn, fill
+from orchestrator.files import FileEntry, Hook, unhindered
 from orchestrator.worker.engines.cuda_stand_in import install, part_gradients_from_activations, repair_megatron
 from orchestrator.worker.engines.megatron_batches import LocalBatch, local_batch
 from orchestrator.worker.engines.megatron_checkpoint import count_padding, load_sharded, save_sharded
@@ -147,8 +148,8 @@ class MegatronEngine:
         for shard in self._shards():
             yield replace(shard, part=shard.read())
 
-    def save(self, folder: Path) -> None:
-        save_sharded(self._models, self._optimizer, folder)
+    def save(self, folder: Path, before: Hook = unhindered) -> list[FileEntry]:
+        return save_sharded(self._models, self._optimizer, folder, before)
 
     def load(self, folder: Path) -> None:
         load_sharded(self._models, self._optimizer, folder)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from orchestrator.worker.engines.checkpoint_files import write_files
+from orchestrator.files import FileEntry, Hook
+from orchestrator.worker.engines.checkpoint_files import read_files, write_files
 
 # Of Megatron's formats for the distributed optimizer, the one that is laid out like the model and so can be read at
 # other degrees of every axis: fp32 weights and Adam's moments are gathered over DP and written as whole shards.
@@ -30,14 +30,16 @@ def count_padding(chunk: DistributedDataParallel) -> None:
             bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def save_sharded(models: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path) -> None:
-    """Collective. Write into the existing `folder`, on a disk that all ranks share."""
-    write_files(_state(models, optimizer, is_loading=False), folder)
+def save_sharded(
+    models: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path, before: Hook
+) -> list[FileEntry]:
+    """Collective. Write into the existing `folder`, on a disk that all ranks share. Returns this rank's files."""
+    return write_files(_state(models, optimizer, is_loading=False), folder, before)
 
 
 def load_sharded(models: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path) -> None:
     """Collective. Restore what `save_sharded` wrote."""
-    state = dist_checkpointing.load(_state(models, optimizer, is_loading=True), str(folder))
+    state = read_files(_state(models, optimizer, is_loading=True), folder)
     for name, model in _named(models):
         model.load_state_dict(state["model"][name])
     optimizer.load_state_dict(state["optimizer"])

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from models.weights import Shard, Source
+from orchestrator.files import FileEntry, Hook, unhindered
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ class Engine(Protocol):
         Over all ranks they cover every tensor; replicas hold the same blocks.
         """
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state, resharding-ready, under `folder` (on a disk that all ranks share)."""
+    def save(self, folder: Path, before: Hook = unhindered) -> list[FileEntry]:
+        """Write weights and optimizer state, resharding-ready, under `folder` (on a disk that all ranks share).
+
+        Returns the files that this rank wrote, hashed as they were written. What fails on one rank raises on all.
+        """
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, at this engine's layout, whatever layout wrote it."""
