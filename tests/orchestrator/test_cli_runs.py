@@ -67,7 +67,7 @@ def test_a_live_run_cannot_be_resumed(fivefold: Fivefold, run: RunFolder, state:
         (["data.files=a.txt"], "data.files", None),
         (["train.seed=1"], "train.seed", None),
         (["train.global_batch=32"], "train.global_batch", None),
-        (["engine=deepspeed"], "engine", None),
+        (["engine=deepspeed"], "engine", "fivefold checkpoint reshard quick-1 --engine deepspeed"),
         (["name=other"], "name", None),
         (["train.steps=30"], "train.steps", "train.steps=80"),
         (["train.steps=0"], "train.steps", 1),
