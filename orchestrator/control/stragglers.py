@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.messages import StepReport
 from parallel.layout import Layout
 
 Array = NDArray[np.float64]
@@ -56,6 +57,12 @@ class Timing:
     def total(self) -> float:
         return self.data + self.compute + sum(self.waited.values())
 
+    @classmethod
+    def of(cls, report: StepReport) -> Timing:
+        phases, waited = report.phase_seconds, report.waited_seconds
+        own = phases.get("compute", 0.0) - sum(waited.values())
+        return cls(phases.get("data", 0.0), own, waited, report.routed)
+
 
 @dataclass(frozen=True)
 class Straggler:
@@ -65,6 +72,16 @@ class Straggler:
     """Over its peers: 0.2 is a fifth longer."""
     lost: float
     """Seconds of a step that its peers wait for it."""
+
+    @property
+    def text(self) -> str:
+        what = {
+            "compute": "computes more slowly than its peers",
+            "data": "waits longer for its data than its peers",
+            "network": "lets its groups wait longer than others do: its link is slow",
+            "routing": "is sent more tokens than its peers",
+        }[self.cause]
+        return f"rank {self.rank} {what}: {self.lost * 1e3:.0f} ms of each step, {self.slower:+.0%}"
 
 
 class Stragglers:

@@ -51,7 +51,7 @@ def test_a_run_that_never_trained_a_step_is_still_a_picture(tmp_path: Path) -> N
 def test_a_slow_rank_is_red() -> None:
     image = io.BytesIO()
     slower = [[0.0, 0.0, 0.5, 0.0]] * 10
-    plot.plot_ranks([{"step": at, "slower": each} for at, each in enumerate(slower)], image, list("0123"))
+    plot.plot_ranks([{"step": at, "slower": each} for at, each in enumerate(slower)], image)
     height = imread(io.BytesIO(image.getvalue()))[..., :3]
     red = (height[..., 0] > height[..., 2] + 0.2).sum(axis=1)
     rows = np.flatnonzero(red > 300)  # of a row of pixels, most
