@@ -71,7 +71,7 @@ def plot_ranks(lines: Sequence[dict[str, Any]], path: Path | IO[bytes]) -> None:
     from matplotlib.figure import Figure
 
     ranks = max(len(line["slower"]) for line in lines)
-    figure = Figure(figsize=(8, min(12.0, 1.5 + 0.22 * ranks)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, min(12.0, 2.2 + 0.22 * ranks)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     known = [line["slower"] + [float("nan")] * (ranks - len(line["slower"])) for line in lines]
     grid = [[100 * slower[rank] for slower in known] for rank in range(ranks)]
@@ -81,5 +81,5 @@ def plot_ranks(lines: Sequence[dict[str, Any]], path: Path | IO[bytes]) -> None:
     axes.set_yticks(list(range(0, ranks, max(1, ranks // 40))))
     axes.set_xlabel("step")
     axes.set_ylabel("rank")
-    figure.colorbar(shown, ax=axes, label="time before it waits, over its peers', %")
+    figure.colorbar(shown, ax=axes, label="slower than its peers, %")
     figure.savefig(path, format="png")
