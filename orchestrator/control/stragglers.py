@@ -24,20 +24,20 @@ Array = NDArray[np.float64]
 Cause = Literal["compute", "data", "network", "routing"]
 
 WINDOW = 16
-"""Steps of which medians are taken: a rank that turns slow is told within 20."""
+"""Steps of which medians are taken: a rank that turns a fifth slower is told within 20, where steps vary by 5%."""
 
 MATTERS = 0.1
 """Share by which a rank is slower than its peers before anybody is told."""
 _MATTERS_OF_STEP = 0.03
 """And share of a step that its peers wait for it."""
 
-_EVERY = 4
+_EVERY = 2
 """Steps between two judgements."""
 
 _CLEARLY_APART = 0.01
 """Routed tokens, over the mean, by which two ranks differ enough to tell a slope."""
 
-CERTAIN = 6.0
+CERTAIN = 5.0
 """Standard deviations of a score, by the spread of all scores, beyond which chance is no explanation."""
 
 

@@ -59,6 +59,19 @@ def test_a_rank_that_computes_slowly(rank: int, factor: float) -> None:
         assert found.slower == pytest.approx(factor - 1, rel=0.35)
 
 
+def test_a_rank_that_turns_slow_is_told_within_20_steps() -> None:
+    late = 0
+    for seed in range(20):
+        draw, stragglers = random.Random(seed), Stragglers(Layout(dp=2, ep=2))
+        for step in range(70):
+            own = [0.03 * draw.lognormvariate(0, 0.05) for _ in range(2)]
+            own[1] *= 1.2 if step >= 50 else 1
+            found = stragglers.add({rank: Timing(0.0005, own[rank], {"dp": 0.01}) for rank in range(2)})
+            assert step >= 50 or not found
+        late += [(each.rank, each.cause) for each in found] != [(1, "compute")]
+    assert late <= 1
+
+
 def test_a_rank_that_waits_for_its_data() -> None:
     def make(step: int, rank: int, draw: random.Random) -> tuple[float, float, float, float]:
         data, compute, delay, routed = even(step, rank, draw)
