@@ -50,6 +50,12 @@ class StepReport(Message):
     tokens: int = Field(description="of the whole step, over all ranks")
     step_seconds: float
     phase_seconds: dict[str, float] = Field(default_factory=dict, description="data, compute, checkpoint, evaluate")
+    waited_seconds: dict[str, float] = Field(
+        default_factory=dict, description="of compute, in collectives, by the axes of their group: `dp cp`"
+    )
+    routed: float | None = Field(
+        None, description="tokens that this rank's experts received over the mean of all ranks"
+    )
     memory_bytes: int = Field(description="peak: device memory on CUDA, resident set on CPU")
     validation_loss: float | None = None
     at: float = Field(default_factory=time.time, description="Unix seconds at its end")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
 from jobs import corpus
@@ -11,6 +12,7 @@ from jobs.spec import JobSpec
 from orchestrator import manifests
 from orchestrator.control.policies import Failure, after_failure, blamed
 from orchestrator.control.record import RunRecord
+from orchestrator.control.stragglers import WINDOW, Stragglers, Timing
 from orchestrator.messages import LEFT_ON_REQUEST, Decision, Event, RankLaunch, Report, StepReport, Stop
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
@@ -50,6 +52,7 @@ class Controller:
         self._stop_wanted: Literal["cancelled", "interrupted"] | None = None
         self._kill_wanted = False
         self._looked_for_cancel = 0.0
+        self._stragglers, self._slow = Stragglers(self._layout), set[tuple[int, str]]()
 
     def interrupt(self) -> None:
         """Checkpoint and leave; asked twice: leave at once. Safe to call from a signal handler."""
@@ -153,6 +156,7 @@ class Controller:
             manifests.check_job(manifest, job, record.run.place)
         per_node = job.cluster.devices_per_node
         ranks = range(self._layout.world)
+        self._stragglers, self._slow = Stragglers(self._layout), set()
         record.begin_attempt({rank: self._machines.nodes[rank // per_node] for rank in ranks})
         address, port = self._machines.open_store()
         self._machines.launch(
@@ -185,6 +189,7 @@ class Controller:
             line = record.report(report)
             if line:
                 record.ledger.step(line["step"], line["at"], line["phase_seconds"]["data"])
+                self._compare_ranks(line["step"])
             return None
         record.event(report)
         if report.kind == "training_started":
@@ -195,6 +200,17 @@ class Controller:
             assert report.rank is not None
             exited[report.rank] = report.data["code"]
         return self._failure(report)
+
+    def _compare_ranks(self, step: int) -> None:
+        """Tell of a rank that has become slow, and keep what the heat map shows."""
+        record = self._record
+        slow = self._stragglers.add({rank: Timing.of(report) for rank, report in record.reports.items()})
+        for straggler in slow:
+            if (straggler.rank, straggler.cause) not in self._slow:
+                self._tell("rank_slow", straggler.text, **asdict(straggler))
+        self._slow = {(straggler.rank, straggler.cause) for straggler in slow}
+        if step % WINDOW == 0:
+            record.run.append("ranks.jsonl", [{"step": step, "slower": self._stragglers.slower()}])
 
     def _failure(self, event: Event) -> Failure | None:
         step = self._record.step

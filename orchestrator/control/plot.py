@@ -60,3 +60,26 @@ def plot_loss(
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     figure.savefig(path, format="png")
+
+
+def plot_ranks(lines: Sequence[dict[str, Any]], path: Path | IO[bytes]) -> None:
+    """Write a PNG heat map: each rank's (down) time before it waits, over its peers', in windows of steps (across).
+
+    lines: of `ranks.jsonl`, `step` and `slower` (a number a rank; 0.2 is a fifth longer) each; ranks that only some
+    have, at another layout, are blank elsewhere.
+    """
+    from matplotlib.figure import Figure
+
+    ranks = max(len(line["slower"]) for line in lines)
+    figure = Figure(figsize=(8, min(12.0, 2.2 + 0.22 * ranks)), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    known = [line["slower"] + [float("nan")] * (ranks - len(line["slower"])) for line in lines]
+    grid = [[100 * slower[rank] for slower in known] for rank in range(ranks)]
+    shown = axes.imshow(grid, aspect="auto", cmap="RdBu_r", vmin=-50, vmax=50, interpolation="nearest")
+    marked = range(0, len(lines), max(1, len(lines) // 8))
+    axes.set_xticks(list(marked), [str(lines[at]["step"]) for at in marked])
+    axes.set_yticks(list(range(0, ranks, max(1, ranks // 40))))
+    axes.set_xlabel("step")
+    axes.set_ylabel("rank")
+    figure.colorbar(shown, ax=axes, label="slower than its peers, %")
+    figure.savefig(path, format="png")

@@ -45,6 +45,8 @@ class RunRecord:
         self.ledger = Ledger(self._status["created_at"]) if saved is None else Ledger.resumed(saved, time.time())
         self._ranks: dict[int, dict[str, Any]] = {}
         self._waiting: dict[int, dict[int, StepReport]] = {}
+        self.reports: dict[int, StepReport] = {}
+        """Of the last step that all ranks reported, by rank."""
         self._confirmed = 0.0
         self._confirm_every = _REMOTE_CONFIRM_SECONDS if run.local is None else _LOCAL_CONFIRM_SECONDS
 
@@ -99,6 +101,7 @@ class RunRecord:
         if len(waiting) < len(self._ranks):
             return None
         del self._waiting[report.step]
+        self.reports = waiting
         line = self._line(list(waiting.values()))
         began = self._status["state"] == "starting"
         if began:

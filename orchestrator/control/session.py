@@ -20,7 +20,7 @@ from orchestrator import manifests
 from orchestrator.control import cluster
 from orchestrator.control.controller import Controller
 from orchestrator.control.display import Display
-from orchestrator.control.plot import plot_loss
+from orchestrator.control.plot import plot_loss, plot_ranks
 from orchestrator.control.record import LIVE, RunRecord, State, Throughput, new_status, status_of
 from orchestrator.messages import Event, Stop
 from orchestrator.run_folder import RunFolder, is_url, new_run_id
@@ -216,6 +216,11 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
         picture = io.BytesIO()
         plot_loss(lines, picture, entropy, restarts)
         run.write("loss.png", picture.getvalue())
+    ranks = list(run.read_lines("ranks.jsonl"))
+    if ranks:
+        picture = io.BytesIO()
+        plot_ranks(ranks, picture)
+        run.write("ranks.png", picture.getvalue())
     return {
         "run_id": run.run_id,
         "run_folder": run.place,

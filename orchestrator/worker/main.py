@@ -24,7 +24,7 @@ def import_engine(engine: str, device: str) -> ModuleType:
     """Everything that takes seconds to import, before ranks are forked. Gives the engine's module."""
     import torch.distributed  # noqa: F401
 
-    from orchestrator.worker import checkpoint, data, schedule  # noqa: F401
+    from orchestrator.worker import checkpoint, collectives_seen, data, schedule  # noqa: F401
 
     if engine == "deepspeed":
         from orchestrator.worker.engines import deepspeed
@@ -73,6 +73,7 @@ class _Rank:
     ) -> None:
         import torch
 
+        from orchestrator.worker.collectives_seen import CollectivesSeen
         from parallel.layout import Layout
 
         self._launch, self._job, self._reporter, self._stopping = launch, launch.job, reporter, stopping
@@ -84,6 +85,8 @@ class _Rank:
         else:
             self._device = torch.device("cpu")
         self._join(store_fd)
+        self._seen = CollectivesSeen(pulse, self._layout, launch.rank)
+        self._seen.install()
 
     def train(self) -> int:
         from orchestrator.worker import data, schedule
@@ -127,8 +130,10 @@ class _Rank:
             clock.append(time.monotonic())
             self._pulse.enter("compute")
             rate = schedule.learning_rate(train, step)
+            self._seen.take()
             result = engine.train_step(step, rate, batches)
             clock.append(time.monotonic())
+            waited = self._seen.take()
             last = step == train.steps
             validation_loss = None
             if train.eval_batches and (last or (train.eval_interval and step % train.eval_interval == 0)):
@@ -151,6 +156,7 @@ class _Rank:
                 tokens=train.global_batch * train.sequence_length,
                 step_seconds=phases["data"] + phases["compute"],
                 phase_seconds=phases,
+                waited_seconds=waited,
                 memory_bytes=self._peak_memory(),
                 validation_loss=validation_loss,
             )

@@ -46,3 +46,14 @@ def test_what_is_known_is_drawn_and_what_is_not_is_left_out() -> None:
 def test_a_run_that_never_trained_a_step_is_still_a_picture(tmp_path: Path) -> None:
     plot.plot_loss([], tmp_path / "loss.png", 3.2, [])
     assert imread(tmp_path / "loss.png").shape[:2] == (675, 1200)
+
+
+def test_a_slow_rank_is_red() -> None:
+    image = io.BytesIO()
+    slower = [[0.0, 0.0, 0.5, 0.0]] * 10
+    plot.plot_ranks([{"step": at, "slower": each} for at, each in enumerate(slower)], image)
+    height = imread(io.BytesIO(image.getvalue()))[..., :3]
+    red = (height[..., 0] > height[..., 2] + 0.2).sum(axis=1)
+    rows = np.flatnonzero(red > 300)  # of a row of pixels, most
+    assert len(rows)
+    assert rows[0] > 0.4 * len(red)
