@@ -12,7 +12,6 @@ from jobs.spec import JobSpec
 from orchestrator import manifests
 from orchestrator.control.policies import Failure, after_failure, blamed
 from orchestrator.control.record import RunRecord
-from orchestrator.control.stragglers import WINDOW, Stragglers, Timing
 from orchestrator.messages import LEFT_ON_REQUEST, Decision, Event, RankLaunch, Report, StepReport, Stop
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
@@ -52,6 +51,8 @@ class Controller:
         self._stop_wanted: Literal["cancelled", "interrupted"] | None = None
         self._kill_wanted = False
         self._looked_for_cancel = 0.0
+        from orchestrator.control.stragglers import Stragglers  # with NumPy, which a plan does without
+
         self._stragglers, self._slow = Stragglers(self._layout), set[tuple[int, str]]()
 
     def interrupt(self) -> None:
@@ -156,7 +157,8 @@ class Controller:
             manifests.check_job(manifest, job, record.run.place)
         per_node = job.cluster.devices_per_node
         ranks = range(self._layout.world)
-        self._stragglers, self._slow = Stragglers(self._layout), set()
+        self._stragglers.begin()
+        self._slow.clear()
         record.begin_attempt({rank: self._machines.nodes[rank // per_node] for rank in ranks})
         address, port = self._machines.open_store()
         self._machines.launch(
@@ -204,13 +206,13 @@ class Controller:
     def _compare_ranks(self, step: int) -> None:
         """Tell of a rank that has become slow, and keep what the heat map shows."""
         record = self._record
-        slow = self._stragglers.add({rank: Timing.of(report) for rank, report in record.reports.items()})
+        slow = self._stragglers.add(record.reports)
         for straggler in slow:
             if (straggler.rank, straggler.cause) not in self._slow:
                 self._tell("rank_slow", straggler.text, **asdict(straggler))
         self._slow = {(straggler.rank, straggler.cause) for straggler in slow}
-        if step % WINDOW == 0:
-            record.run.append("ranks.jsonl", [{"step": step, "slower": self._stragglers.slower()}])
+        if slower := self._stragglers.slower():
+            record.run.append("ranks.jsonl", [{"step": step, "slower": slower}])
 
     def _failure(self, event: Event) -> Failure | None:
         step = self._record.step

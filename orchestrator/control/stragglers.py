@@ -94,16 +94,26 @@ class Stragglers:
         self._slow: tuple[Straggler, ...] = ()
         self._steps: deque[Mapping[int, Timing]] = deque(maxlen=WINDOW)
 
-    def add(self, timings: Mapping[int, Timing]) -> tuple[Straggler, ...]:
-        """A step of all ranks. Those that are slow over the window, the worst first; none before the window is full."""
+    def begin(self) -> None:
+        """With an attempt, whose ranks are others."""
+        self._seen, self._slow = 0, ()
+        self._steps.clear()
+
+    def add(self, reports: Mapping[int, StepReport]) -> tuple[Straggler, ...]:
+        """All ranks' reports of a step. Who is slow over the window, the worst first; none before it is full."""
+        return self.add_timings({rank: Timing.of(report) for rank, report in reports.items()})
+
+    def add_timings(self, timings: Mapping[int, Timing]) -> tuple[Straggler, ...]:
         self._steps.append(timings)
         self._seen += 1
         if self._seen >= WINDOW and self._seen % _EVERY == 0:
             self._slow = self._judge()
         return self._slow
 
-    def slower(self) -> list[float]:
-        """By rank: its time before it waits over its peers', less 1, of the last steps; 0 where it has none."""
+    def slower(self) -> list[float] | None:
+        """By rank: its time before it waits over its peers', less 1; 0 where it has none. Once a window."""
+        if self._seen == 0 or self._seen % WINDOW:
+            return None
         found = [0.0] * sum(map(len, self._groups["tp"]))
         for stage in self._stages:
             seconds = np.array([[step[rank].data + step[rank].compute for rank in stage] for step in self._steps])

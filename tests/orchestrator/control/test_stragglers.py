@@ -31,7 +31,7 @@ def told(make: Make, steps: int = 20, layout: Layout = LAYOUT, seed: int = 0) ->
                 last = max(parts[other][0] + parts[other][1] for other in group)
                 waited[axes] = last - data - compute + 0.01 + max(parts[other][2] for other in group)
             timings[rank] = Timing(data, compute, waited, routed)
-        found = stragglers.add(timings)
+        found = stragglers.add_timings(timings)
     return found
 
 
@@ -66,7 +66,7 @@ def test_a_rank_that_turns_slow_is_told_within_20_steps() -> None:
         for step in range(70):
             own = [0.03 * draw.lognormvariate(0, 0.05) for _ in range(2)]
             own[1] *= 1.2 if step >= 50 else 1
-            found = stragglers.add({rank: Timing(0.0005, own[rank], {"dp": 0.01}) for rank in range(2)})
+            found = stragglers.add_timings({rank: Timing(0.0005, own[rank], {"dp": 0.01}) for rank in range(2)})
             assert step >= 50 or not found
         late += [(each.rank, each.cause) for each in found] != [(1, "compute")]
     assert late <= 1
