@@ -220,6 +220,8 @@ class Controller:
             return Failure("input_error", event.message, step)
         if event.kind == "rank_failed":
             return Failure("rank_failed", f"rank {event.rank} failed: {event.message}", step)
+        if event.kind == "rank_hung":
+            return Failure("rank_hung", event.message, step)
         if event.kind in ("node_lost", "zygote_lost"):
             return Failure("node_lost", event.message, step)
         if event.kind == "rank_exited" and event.data["code"] not in (0, LEFT_ON_REQUEST):

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from jobs.spec import PolicySpec
 from orchestrator.messages import Decision, Restart, Stop
 
-Kind = Literal["input_error", "node_lost", "rank_died", "rank_failed", "rank_exited"]
+Kind = Literal["input_error", "node_lost", "rank_hung", "rank_died", "rank_failed", "rank_exited"]
 """What is to blame comes before what it leads to: when a rank dies its peers fail too, and who fails then exits."""
 
 

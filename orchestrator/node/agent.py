@@ -15,16 +15,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jobs.spec import JobSpec
 from orchestrator.messages import PACKET_BYTES, Event, RankLaunch, Report, parse_report
+from orchestrator.node.stacks import write_stacks
+from orchestrator.node.watch import Reading, Watch
 from orchestrator.pulse import Pulses, new_page
 from orchestrator.run_folder import RunFolder
 
 _KILL_SECONDS = 30.0
 _LOG_UPLOAD_SECONDS = 10.0
+_LOOK_SECONDS = 0.5
 
 
 class NodeAgent:
@@ -38,6 +42,7 @@ class NodeAgent:
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._live: dict[int, int] = {}  # rank -> pid
         self._pulses: dict[int, Pulses] = {}
+        self._watch, self._attempt, self._stalled = Watch(), 0, False
         self._changed = threading.Condition()
         self._log_folder = self._run.local or Path(tempfile.mkdtemp(prefix="fivefold-logs-"))
 
@@ -69,6 +74,7 @@ class NodeAgent:
         ready = self._zygote.recv(PACKET_BYTES)
         if not ready:
             raise RuntimeError(f"the zygote on {self._node} died while it imported the engine; see Ray's worker log")
+        threading.Thread(target=self._keep_watch, daemon=True).start()
         for read, source in ((self._read_zygote, ours), (self._read_ranks, reading)):
             threading.Thread(target=read, args=(source,), daemon=True).start()
         if self._run.local is None:
@@ -86,6 +92,10 @@ class NodeAgent:
             launch = RankLaunch.model_validate(record)
             log = self._log_folder / log_name(launch.attempt, launch.rank)
             message = {"kind": "fork", "launch": record, "log": str(log)}
+            if launch.attempt != self._attempt:
+                self._attempt, self._stalled = launch.attempt, False
+                self._pulses.clear()
+                self._watch.begin()
             page = new_page()
             self._pulses[launch.rank] = Pulses(page)
             descriptors = [page, self._store.fileno()] if launch.rank == 0 else [page]
@@ -142,6 +152,36 @@ class NodeAgent:
     def _signal(self, number: int) -> None:
         self._zygote.send(json.dumps({"kind": "signal", "signal": int(number)}).encode())
 
+    def _keep_watch(self) -> None:
+        """Tell, once an attempt, of a rank that hangs; every rank's stack is in the run folder before that."""
+        last = time.monotonic()
+        while True:
+            time.sleep(_LOOK_SECONDS)
+            now = time.monotonic()
+            # This process was stopped itself, as with its whole machine: everything seems to have taken long.
+            asleep, last = now - last > 4 * _LOOK_SECONDS, now
+            pids = dict(self._live)
+            pages = {rank: self._pulses.get(rank) for rank, pid in pids.items() if pid}
+            beats = {rank: page.read() for rank, page in pages.items() if page is not None}
+            readings = {rank: Reading(beat, _is_stopped(pids[rank])) for rank, beat in beats.items() if beat}
+            stall = None if asleep else self._watch.look(now, readings)
+            if stall is None or self._stalled:
+                continue
+            self._stalled = True
+            folder = self._log_folder / f"logs/attempt-{self._attempt}"
+            write_stacks({rank: pid for rank, pid in pids.items() if pid}, folder)
+            data = {"kind": stall.kind, **asdict(stall.beat), "seconds": stall.seconds, "limit_seconds": stall.limit}
+            self._reports.put(
+                Event(
+                    kind="rank_hung",
+                    message=f"{stall.text}; stacks in {folder}",
+                    attempt=self._attempt,
+                    rank=stall.rank,
+                    node=self._node,
+                    data=data,
+                )
+            )
+
     def _read_zygote(self, source: socket.socket) -> None:
         for packet in _packets(source):
             message = json.loads(packet)
@@ -170,7 +210,7 @@ class NodeAgent:
             self._upload_new_logs(uploaded)
 
     def _upload_new_logs(self, uploaded: dict[str, int]) -> None:
-        for log in sorted(self._log_folder.glob("logs/*/*.log")):
+        for log in sorted(self._log_folder.glob("logs/*/*.*")):
             name, size = str(log.relative_to(self._log_folder)), log.stat().st_size
             if uploaded.get(name) != size:
                 self._run.upload(log, name)
@@ -182,6 +222,15 @@ def _packets(source: socket.socket) -> Iterator[bytes]:
     with contextlib.suppress(ConnectionResetError):
         while packet := source.recv(PACKET_BYTES):
             yield packet
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # it has just ended, which the zygote tells
+        return False
+    return state in "Tt"
 
 
 def log_name(attempt: int, rank: int) -> str:

@@ -162,10 +162,10 @@ def assert_same_curve(run: RunFolder, reference: dict[int, tuple[float, float]])
     assert not different, f"{[(line['attempt'], line['step'], numbers(line)) for line in different]}"
 
 
-def kill_rank(run: RunFolder, rank: int) -> float:
-    """SIGKILL from outside; returns when, in Unix seconds."""
+def kill_rank(run: RunFolder, rank: int, number: signal.Signals = signal.SIGKILL) -> float:
+    """A signal from outside; returns when, in Unix seconds."""
     (pid,) = [each["pid"] for each in run.read_json("status.json")["ranks"] if each["rank"] == rank]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     return time.time()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import pytest
 from command import INTERVAL, JOB, STEPS, Fivefold, assert_same_curve, kill_rank, kinds, metrics, reached, until
@@ -14,12 +15,12 @@ LAST_KILL = STEPS - 4
 """Late enough to lose work, and with steps left in which the test can do it."""
 
 
-def test_killed_by_an_injected_fault_and_then_from_outside(
+def test_killed_by_an_injected_fault_and_then_stopped_from_outside(
     fivefold: Fivefold, reference: dict[int, tuple[float, float]]
 ) -> None:
     seed = random.randrange(1 << 32)
     step, rank = random.Random(seed).randint(INTERVAL * 2 + 1, LAST_KILL), random.Random(seed).randrange(4)
-    print(f"seed {seed}: rank {rank} is killed from outside after step {step}")
+    print(f"seed {seed}: rank {rank} is stopped from outside after step {step}")
     started = fivefold.start("run", JOB, "fault.kill_rank=1", "fault.at_step=7")
     run = fivefold.run_of(started)
     until(reached(run, 5, attempt=2), 60, "second attempt", started)
@@ -29,7 +30,7 @@ def test_killed_by_an_injected_fault_and_then_from_outside(
     assert sum("orchestrator.node.zygote" in command for command in here) == 5, here  # itself and four ranks
     assert any("ray::NodeAgent" in command for command in here), here  # so that none would go unseen if it stayed
     until(reached(run, step, attempt=2), 30, f"step {step}", started)
-    killed_at = kill_rank(run, rank)
+    stopped_at = kill_rank(run, rank, signal.SIGSTOP)
     answer = started.finish()
 
     assert answer.code == 0, answer.told
@@ -45,10 +46,14 @@ def test_killed_by_an_injected_fault_and_then_from_outside(
     ]
     assert_little_is_trained_twice(run)
     assert "rank 1 was ended by SIGKILL" in answer.told
-    assert f"rank {rank} was ended by SIGKILL" in answer.told
+    (hung,) = [event for event in run.read_lines("events.jsonl") if event["kind"] == "rank_hung"]
+    assert (hung["rank"], hung["data"]["kind"]) == (rank, "stopped")
+    assert hung["at"] - stopped_at < 15  # 5 s, or five times what a step takes here
+    for each in range(4):
+        assert "train_step" in run.read(f"logs/attempt-2/rank-{each}.stack.txt").decode()
     injected_at = next(event["at"] for event in run.read_lines("events.jsonl") if event["kind"] == "fault_injected")
-    figures = recovery(run, injected_at, 2), recovery(run, killed_at, 3)
-    print("seconds from kill to next step: {:.2f} (injected), {:.2f} (from outside)".format(*figures))
+    figures = recovery(run, injected_at, 2), recovery(run, hung["at"], 3)
+    print("seconds to the next step: {:.2f} from an injected kill, {:.2f} from a stop's notice".format(*figures))
     assert max(figures) < 5
     assert run.read_json("ledger.json")["totals"]["rework"] > 0
 

@@ -1,0 +1,132 @@
+"""Whether a node's ranks make progress, judged from outside by what each phase usually takes. Pure.
+
+One rule serves a step of 50 ms and one of 50 s: a phase is too long beyond five times what it took in 99 cases of 100
+on this node, and never before a floor. Ranks that wait in a collective wait for somebody: who is not in one is to
+blame, or is in another than the rest.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.pulse import Beat, Phase
+
+Kind = Literal["stopped", "no progress", "skipped a collective", "waiting"]
+"""stopped: by a signal. no progress: it computes, spins or holds a lock, outside collectives. waiting: with all others
+of its node, for a rank of another."""
+
+_FACTOR = 5.0
+_FLOOR: dict[Phase, float] = {"data": 5.0, "compute": 5.0, "agree": 5.0}
+_LONG_FLOOR = 30.0
+"""Of phases that stores and evaluations stretch."""
+_FIRST: dict[Phase, float] = {"start": 600.0, "build": 900.0, "restore": 3600.0, "checkpoint": 3600.0}
+_FIRST_OTHERS = 300.0
+"""Before a phase was ever over on this node, kernels are chosen, communicators made, files found."""
+_ORDER: tuple[Phase, ...] = ("start", "build", "restore", "data", "compute", "evaluate", "agree", "checkpoint", "end")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One rank at one moment."""
+
+    beat: Beat
+    stopped: bool
+    """Its process is stopped by a signal."""
+
+
+@dataclass(frozen=True)
+class Stall:
+    rank: int
+    kind: Kind
+    beat: Beat
+    seconds: float
+    """For which the phase has lasted of whoever has waited longest."""
+    limit: float
+
+    @property
+    def text(self) -> str:
+        beat = self.beat
+        last = f", last collective {beat.collective} (number {beat.collectives})" if beat.collective else ""
+        what = {
+            "stopped": "is stopped by a signal",
+            "no progress": "makes no progress",
+            "skipped a collective": "is in another collective than its peers",
+            "waiting": "waits for a rank of another node",
+        }[self.kind]
+        return (
+            f"rank {self.rank} {what} in {beat.phase} of step {beat.step}: "
+            f"{self.seconds:.1f} s, at most {self.limit:.1f} s are usual{last}"
+        )
+
+
+class Watch:
+    """Of the ranks of one node, through all their attempts."""
+
+    def __init__(self) -> None:
+        self._usual: dict[Phase, list[float]] = {}
+        """Seconds that phases took, ascending; the latest thousand or so of each."""
+        self._seen: dict[int, Beat] = {}
+
+    def begin(self) -> None:
+        """With an attempt, whose ranks are others."""
+        self._seen.clear()
+
+    def limit(self, phase: Phase) -> float:
+        """Seconds beyond which a phase is too long."""
+        usual = self._usual.get(phase)
+        if not usual:
+            return _FIRST.get(phase, _FIRST_OTHERS)
+        return max(_FLOOR.get(phase, _LONG_FLOOR), _FACTOR * usual[int(0.99 * (len(usual) - 1))])
+
+    def look(self, now: float, readings: Mapping[int, Reading]) -> Stall | None:
+        """Learn from what is over; tell who is to blame where something takes too long. `now` is monotonic, seconds."""
+        for rank, reading in readings.items():
+            self._learn(rank, reading.beat)
+        late = {
+            rank: (now - reading.beat.since) / self.limit(reading.beat.phase)
+            for rank, reading in readings.items()
+            if reading.beat.phase != "end"
+        }
+        worst = max(late, key=lambda rank: late[rank], default=None)
+        if worst is None or late[worst] <= 1:
+            return None
+        rank, kind = _blamed(readings, worst)
+        since, phase = readings[worst].beat.since, readings[worst].beat.phase
+        return Stall(rank, kind, readings[rank].beat, now - since, self.limit(phase))
+
+    def _learn(self, rank: int, beat: Beat) -> None:
+        before = self._seen.get(rank)
+        self._seen[rank] = beat
+        if before is None or before.since == beat.since or beat.step > before.step + 1:
+            return  # the same phase, or too much happened in between to know what its own end was
+        usual = self._usual.setdefault(before.phase, [])
+        insort(usual, beat.since - before.since)
+        if len(usual) > 2000:
+            del usual[::2]
+
+
+def _blamed(readings: Mapping[int, Reading], worst: int) -> tuple[int, Kind]:
+    for rank, reading in readings.items():
+        if reading.stopped:
+            return rank, "stopped"
+    beats = {rank: reading.beat for rank, reading in readings.items() if reading.beat.phase != "end"}
+    outside = [rank for rank, beat in beats.items() if not beat.in_collective]
+    if outside:
+        # Who is in the earliest part of the run: the others have passed what it is in.
+        return min(outside, key=lambda rank: _place(beats[rank])), "no progress"
+    calls = {rank: (beat.step, beat.phase, beat.collective) for rank, beat in beats.items()}
+    numbers = Counter(calls.values())
+    if len(numbers) == 1:
+        return worst, "waiting"
+    # The fewest are wrong; of as many, who is further on has left something out.
+    rarest = min(numbers.values())
+    odd = [rank for rank, call in calls.items() if numbers[call] == rarest]
+    return max(odd, key=lambda rank: _place(beats[rank])), "skipped a collective"
+
+
+def _place(beat: Beat) -> tuple[int, int, int]:
+    return beat.step, _ORDER.index(beat.phase), beat.collectives
