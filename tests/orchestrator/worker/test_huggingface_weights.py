@@ -10,18 +10,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from families import FAMILIES, random_weights
-from runs import make_checkpoint, make_run
 
 from jobs.spec import CheckpointSpec, ClusterSpec, DataSpec, JobSpec, LayoutSpec, PolicySpec, TrainSpec
 from jobs.tensors import tensors
 from models.huggingface import source, write
 from models.weights import whole
+from orchestrator.files import Files
 from orchestrator.manifests import FileEntry, folder_name
+from orchestrator.worker.checkpoint_tensors import Writer
 from orchestrator.worker.checkpoint_weights import read_megatron
 from orchestrator.worker.engines.megatron import build
 from orchestrator.worker.export import export
 from orchestrator.worker.ranks import Ranks
 from parallel.layout import Layout
+from runs import make_checkpoint, make_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -92,7 +94,8 @@ def test_fp32_weights_are_rounded_once_wherever_the_checkpoint_lies(root: str, t
     weights = random_weights(spec.model)
     kinds = {"weight": 0, "first_moment": 1}
     tensors_of = {f"{kind}.{name}": tensor + add for kind, add in kinds.items() for name, tensor in weights.items()}
-    torch_checkpoint.save(tensors_of, checkpoint_id=tmp_path / "saved", no_dist=True)
+    (tmp_path / "saved").mkdir()
+    torch_checkpoint.save(tensors_of, storage_writer=Writer(Files(tmp_path / "saved"), {}), no_dist=True)
     run = make_run(f"{root}/tuned-1", spec)
     files = []
     for path in (tmp_path / "saved").iterdir():
