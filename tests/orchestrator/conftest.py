@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from commands import Answered, Fivefold
-from runs import event_line, make_checkpoint, make_run, metrics_line
+from sample_runs import event_line, make_checkpoint, make_run, metrics_line
 
 from orchestrator import cli
 from orchestrator.run_folder import RunFolder

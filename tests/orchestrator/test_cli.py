@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import Fivefold
-from runs import change_json, make_run
+from sample_runs import change_json, make_run
 
 from orchestrator.control import doctor
 from orchestrator.run_folder import RunFolder

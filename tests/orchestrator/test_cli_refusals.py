@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import Fivefold, refused
-from runs import job
+from sample_runs import job
 
 from jobs.errors import InputError
 from orchestrator.control import cluster

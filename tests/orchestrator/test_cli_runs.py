@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from commands import Fivefold, contents, refused
+from sample_runs import change_json, job, make_checkpoint
 
 from jobs.compose import compose
 from orchestrator.control import controller, session
 from orchestrator.control.controller import CANCEL_REQUEST
 from orchestrator.run_folder import RunFolder
 from parallel.planning.planner import plan_job
-from runs import change_json, job, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

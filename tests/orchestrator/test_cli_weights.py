@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import Fivefold, contents, refused
-from runs import job, make_checkpoint, make_run
+from sample_runs import job, make_checkpoint, make_run
 
 from jobs.spec import JobSpec
 from models.huggingface_names import config

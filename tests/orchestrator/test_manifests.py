@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sample_runs import job, make_checkpoint, make_run, step_report
 
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError
 from jobs.spec import CheckpointSpec
 from orchestrator import manifests
 from orchestrator.run_folder import RunFolder
-from runs import job, make_checkpoint, make_run, step_report
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import make_run
+from sample_runs import make_run
 
 from jobs.errors import InputError
 from orchestrator import run_folder

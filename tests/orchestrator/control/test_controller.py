@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import job, make_checkpoint, step_report
+from sample_runs import job, make_checkpoint, step_report
 from stage import Clock, Stage, Turn
 
 from jobs.errors import InputError

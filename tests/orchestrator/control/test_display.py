@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from runs import job, metrics_line
+from sample_runs import job, metrics_line
 
 from orchestrator.control import display as module
 from orchestrator.control.display import Display, bytes_text

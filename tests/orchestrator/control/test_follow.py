@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import change_json, event_line, make_run, metrics_line
+from sample_runs import change_json, event_line, make_run, metrics_line
 
 from jobs.errors import InputError
 from orchestrator.control import follow

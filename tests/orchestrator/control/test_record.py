@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import job, make_run, metrics_line, step_report
+from sample_runs import job, make_run, metrics_line, step_report
 
 from jobs.spec import JobSpec
 from orchestrator.control import record as module

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import job, make_checkpoint, make_run
+from sample_runs import job, make_checkpoint, make_run
 
 from orchestrator import manifests
 from orchestrator.control import plan_tables, tables

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import event_line, job, make_run, metrics_line
+from sample_runs import event_line, job, make_run, metrics_line
 
 from jobs.compose import compose
 from jobs.errors import InputError

@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from runs import job, rank_launch
+from sample_runs import job, rank_launch
 
 from orchestrator.messages import Report
 from orchestrator.node import agent as module

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import rank_launch
+from sample_runs import rank_launch
 
 from orchestrator.messages import PACKET_BYTES
 from orchestrator.pulse import new_page

@@ -15,7 +15,7 @@ from orchestrator.node import zygote
 from orchestrator.worker import main as worker
 
 sys.path.append(str(Path(__file__).parents[1]))
-from runs import step_report
+from sample_runs import step_report
 
 
 def run_rank(launch: RankLaunch, report_fd: int, pulse_fd: int, store_fd: int | None = None) -> int:

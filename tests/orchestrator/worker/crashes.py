@@ -25,6 +25,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sample_runs import job
+
 from orchestrator import files, manifests
 from orchestrator.files import Action, FileEntry, Files, Hook, unhindered
 from orchestrator.messages import Event, RankLaunch, parse_report
@@ -33,7 +35,6 @@ from orchestrator.worker.checkpoint import Checkpoints
 from orchestrator.worker.checkpoint_tensors import PlainValues, Reader, Writer
 from orchestrator.worker.reporter import Reporter
 from parallel.layout import Layout
-from runs import job
 
 STEPS = 4
 fsspec.config.conf["file"] = {"auto_mkdir": True}  # local:// stands for an object store: it is written by uploads

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from families import FAMILIES, random_weights
+from sample_runs import make_checkpoint, make_run
 
 from jobs.spec import CheckpointSpec, ClusterSpec, DataSpec, JobSpec, LayoutSpec, PolicySpec, TrainSpec
 from jobs.tensors import tensors
@@ -23,7 +24,6 @@ from orchestrator.worker.engines.megatron import build
 from orchestrator.worker.export import export
 from orchestrator.worker.ranks import Ranks
 from parallel.layout import Layout
-from runs import make_checkpoint, make_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

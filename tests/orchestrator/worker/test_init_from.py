@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from commands import Fivefold
 from families import FAMILIES, random_weights
-from runs import make_run
+from sample_runs import make_run
 
 from jobs.architecture import ModelArchitecture
 from jobs.spec import CheckpointSpec, ClusterSpec, DataSpec, JobSpec, LayoutSpec, PolicySpec, TrainSpec
