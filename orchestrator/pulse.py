@@ -19,7 +19,10 @@ Phase = Literal["start", "build", "restore", "data", "compute", "evaluate", "agr
 _PHASES: tuple[Phase, ...] = get_args(Phase)
 _PAGE = 4096
 _COUNT = struct.Struct("<Q")
-_BODY = struct.Struct("<QIqqQq64s")
+_BODY = struct.Struct("<QIqqQqQ64s")
+_OVER = struct.Struct("<If")
+_OVER_AT, _OVER_COUNT = 1024, 256
+"""Where the last phases that are over stand, in a ring: a reader comes by less often than most of them change."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Beat:
     """Seconds, monotonic."""
     in_collective: bool
     """Whether the last one has not ended."""
+    over: tuple[tuple[Phase, float], ...] = ()
+    """Phases that ended since the reading before, with the seconds that each took; at most the last 255."""
 
 
 def new_page() -> int:
@@ -56,11 +61,16 @@ class Pulse:
         self._count = 0
         self._step, self._phase, self._since = 0, 0, time.monotonic_ns()
         self._collectives, self._name, self._called = 0, b"", 0
-        self._inside = False
+        self._inside, self._over = False, 0
         self._write()
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
-        self._phase, self._since = _PHASES.index(phase), time.monotonic_ns()
+        now = time.monotonic_ns()
+        # In the one place of the ring that no reader looks at before the count is raised.
+        place = _OVER_AT + self._over % _OVER_COUNT * _OVER.size
+        _OVER.pack_into(self._page, place, self._phase, (now - self._since) / 1e9)
+        self._over += 1
+        self._phase, self._since = _PHASES.index(phase), now
         if step is not None:
             self._step = step
         self._write()
@@ -79,7 +89,8 @@ class Pulse:
         # Odd while it is being written: a reader that sees that, or another count afterwards, reads again.
         self._count += 2
         _COUNT.pack_into(self._page, 0, self._count - 1)
-        fields = self._step, self._phase, self._since, self._called, self._collectives, int(self._inside), self._name
+        counts = self._collectives, int(self._inside), self._over
+        fields = self._step, self._phase, self._since, self._called, *counts, self._name
         _BODY.pack_into(self._page, _COUNT.size, *fields)
         _COUNT.pack_into(self._page, 0, self._count)
 
@@ -89,14 +100,23 @@ class Pulses:
 
     def __init__(self, descriptor: int) -> None:
         self._page = mmap.mmap(descriptor, _PAGE, prot=mmap.PROT_READ)
+        self._read = 0
 
     def read(self) -> Beat | None:
         """The last beat; None before the first, and where the rank died in the middle of one."""
         for _ in range(1000):
-            (before,) = _COUNT.unpack_from(self._page, 0)
-            step, phase, since, called, collectives, inside, name = _BODY.unpack_from(self._page, _COUNT.size)
-            (after,) = _COUNT.unpack_from(self._page, 0)
+            content = self._page[:]
+            (before,), (after,) = _COUNT.unpack_from(content), _COUNT.unpack_from(self._page)
             if before == after and before and before % 2 == 0:
-                text = name.rstrip(b"\0").decode(errors="replace")
-                return Beat(step, _PHASES[phase], since / 1e9, collectives, text, called / 1e9, bool(inside))
+                return self._beat(content)
         return None
+
+    def _beat(self, content: bytes) -> Beat:
+        step, phase, since, called, collectives, inside, over, name = _BODY.unpack_from(content, _COUNT.size)
+        ended = []
+        for number in range(max(self._read, over - _OVER_COUNT + 1), over):
+            which, seconds = _OVER.unpack_from(content, _OVER_AT + number % _OVER_COUNT * _OVER.size)
+            ended.append((_PHASES[which], seconds))
+        self._read = over
+        text = name.rstrip(b"\0").decode(errors="replace")
+        return Beat(step, _PHASES[phase], since / 1e9, collectives, text, called / 1e9, bool(inside), tuple(ended))

@@ -21,6 +21,7 @@ of its node, for a rank of another."""
 
 _FACTOR = 5.0
 _FLOOR: dict[Phase, float] = {"data": 5.0, "compute": 5.0, "agree": 5.0}
+_STOPPED = 5.0
 _LONG_FLOOR = 30.0
 """Of phases that stores and evaluations stretch."""
 _FIRST: dict[Phase, float] = {"start": 600.0, "build": 900.0, "restore": 3600.0, "checkpoint": 3600.0}
@@ -68,12 +69,13 @@ class Watch:
 
     def __init__(self) -> None:
         self._usual: dict[Phase, list[float]] = {}
-        """Seconds that phases took, ascending; the latest thousand or so of each."""
-        self._seen: dict[int, Beat] = {}
+        """Seconds that phases took, ascending; a thousand or so of each."""
+        self._stopped: dict[int, float] = {}
+        """Ranks that a signal has stopped, by when that was seen first."""
 
     def begin(self) -> None:
         """With an attempt, whose ranks are others."""
-        self._seen.clear()
+        self._stopped.clear()
 
     def limit(self, phase: Phase) -> float:
         """Seconds beyond which a phase is too long."""
@@ -84,8 +86,10 @@ class Watch:
 
     def look(self, now: float, readings: Mapping[int, Reading]) -> Stall | None:
         """Learn from what is over; tell who is to blame where something takes too long. `now` is monotonic, seconds."""
-        for rank, reading in readings.items():
-            self._learn(rank, reading.beat)
+        for reading in readings.values():
+            self._learn(reading.beat)
+        if stall := self._find_stopped(now, readings):
+            return stall
         late = {
             rank: (now - reading.beat.since) / self.limit(reading.beat.phase)
             for rank, reading in readings.items()
@@ -98,15 +102,20 @@ class Watch:
         since, phase = readings[worst].beat.since, readings[worst].beat.phase
         return Stall(rank, kind, readings[rank].beat, now - since, self.limit(phase))
 
-    def _learn(self, rank: int, beat: Beat) -> None:
-        before = self._seen.get(rank)
-        self._seen[rank] = beat
-        if before is None or before.since == beat.since or beat.step > before.step + 1:
-            return  # the same phase, or too much happened in between to know what its own end was
-        usual = self._usual.setdefault(before.phase, [])
-        insort(usual, beat.since - before.since)
-        if len(usual) > 2000:
-            del usual[::2]
+    def _find_stopped(self, now: float, readings: Mapping[int, Reading]) -> Stall | None:
+        """A rank that cannot run is told of whatever it was at: no phase takes that."""
+        self._stopped = {rank: self._stopped.get(rank, now) for rank, reading in readings.items() if reading.stopped}
+        for rank, since in self._stopped.items():
+            if now - since > _STOPPED:
+                return Stall(rank, "stopped", readings[rank].beat, now - since, _STOPPED)
+        return None
+
+    def _learn(self, beat: Beat) -> None:
+        for phase, seconds in beat.over:
+            usual = self._usual.setdefault(phase, [])
+            insort(usual, seconds)
+            if len(usual) > 2000:
+                del usual[::2]
 
 
 def _blamed(readings: Mapping[int, Reading], worst: int) -> tuple[int, Kind]:

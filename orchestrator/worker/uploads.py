@@ -88,8 +88,13 @@ class Uploads:
                 self._closing = True
                 self._changed.notify_all()
             store.set("uploads/closed", "")
+            # The store goes with this rank: an answer that is still on its way would be lost.
+            for rank in range(1, self._world):
+                _wait_for(store, f"uploads/closed/{rank}")
         else:
             _wait_for(store, "uploads/closed")
+            with contextlib.suppress(RuntimeError):
+                store.set(f"uploads/closed/{self._rank}", "")
             with self._changed:
                 self._forget(max(self._staged, default=0))
 

@@ -50,7 +50,7 @@ def test_killed_by_an_injected_fault_and_then_stopped_from_outside(
     assert (hung["rank"], hung["data"]["kind"]) == (rank, "stopped")
     assert hung["at"] - stopped_at < 15  # 5 s, or five times what a step takes here
     for each in range(4):
-        assert "train_step" in run.read(f"logs/attempt-2/rank-{each}.stack.txt").decode()
+        assert "train (orchestrator/worker/main.py" in run.read(f"logs/attempt-2/rank-{each}.stack.txt").decode()
     injected_at = next(event["at"] for event in run.read_lines("events.jsonl") if event["kind"] == "fault_injected")
     figures = recovery(run, injected_at, 2), recovery(run, hung["at"], 3)
     print("seconds to the next step: {:.2f} from an injected kill, {:.2f} from a stop's notice".format(*figures))

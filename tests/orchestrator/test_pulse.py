@@ -29,6 +29,27 @@ def test_a_page_tells_what_was_written_last() -> None:
     assert (beat.step, beat.phase, beat.in_collective) == (7, "agree", False)
 
 
+def test_every_phase_is_told_however_seldom_somebody_looks() -> None:
+    page = new_page()
+    reader, pulse = Pulses(page), Pulse(page)
+    for step in range(1, 41):
+        pulse.enter("data", step)
+        pulse.enter("compute")
+    beat = reader.read()
+    assert beat is not None
+    assert [phase for phase, _ in beat.over] == ["start", *(["data", "compute"] * 40)[:-1]]
+    assert all(0 <= seconds < 1 for _, seconds in beat.over)
+    beat = reader.read()
+    assert beat is not None
+    assert beat.over == ()
+    for step in range(1000):
+        pulse.enter("data", step)
+        pulse.enter("compute")
+    beat = reader.read()
+    assert beat is not None
+    assert len(beat.over) == 255
+
+
 def _beat_for_ever(page: int) -> None:
     pulse = Pulse(page)
     step = 0

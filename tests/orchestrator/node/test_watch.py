@@ -11,19 +11,24 @@ from orchestrator.pulse import Beat, Phase
 
 
 def beat(
-    step: int, phase: Phase, since: float, inside: bool = False, name: str = "allreduce dp", number: int = 0
+    step: int,
+    phase: Phase,
+    since: float,
+    inside: bool = False,
+    name: str = "allreduce dp",
+    over: tuple[tuple[Phase, float], ...] = (),
 ) -> Beat:
-    return Beat(step, phase, since, number or step, name, since, inside)
+    return Beat(step, phase, since, step, name, since, inside, over)
 
 
 def trained(seconds: float = 0.05, steps: int = 50) -> tuple[Watch, float]:
     """A watch that has seen so many steps of two ranks, and the time."""
     phases: tuple[tuple[Phase, float], ...] = (("data", 0.1), ("compute", 0.8), ("agree", 0.1))
     watch, now = Watch(), 0.0
+    over = tuple((phase, share * seconds) for phase, share in phases)
     for step in range(1, steps + 1):
-        for phase, share in phases:
-            assert watch.look(now, {rank: Reading(beat(step, phase, now), False) for rank in (0, 1)}) is None
-            now += share * seconds
+        now += seconds
+        assert watch.look(now, {rank: Reading(beat(step, "data", now, over=over), False) for rank in (0, 1)}) is None
     return watch, now
 
 
@@ -39,26 +44,32 @@ def after(watch: Watch, now: float, readings: dict[int, Reading]) -> Stall:
 
 def test_ten_thousand_steps_with_slow_evaluations_and_saves_alarm_nobody() -> None:
     draw, watch, now = random.Random(1), Watch(), 0.0
+    over: tuple[tuple[Phase, float], ...] = ()
     phases: tuple[tuple[Phase, float], ...] = (("data", 0.01), ("compute", 0.2), ("evaluate", 8.0), ("agree", 0.005))
     for step in range(1, 10_001):
         for phase, seconds in (*phases, ("checkpoint", 6.0)):
             if (phase == "evaluate" and step % 100) or (phase == "checkpoint" and step % 50):
                 continue
             began = now
-            now += seconds * draw.lognormvariate(0, 0.4)
+            took = seconds * draw.lognormvariate(0, 0.4)
+            now += took
             waits = phase == "compute" and draw.random() < 0.5
-            readings = {rank: Reading(beat(step, phase, began, waits and rank == 1), False) for rank in (0, 1)}
+            readings = {
+                rank: Reading(beat(step, phase, began, waits and rank == 1, over=over), False) for rank in (0, 1)
+            }
             assert watch.look(now - 1e-3, readings) is None, (step, phase)
+            over = ((phase, took),)
 
 
-def test_a_rank_that_is_stopped_is_named_though_all_wait() -> None:
+@pytest.mark.parametrize("phase", ["compute", "evaluate", "restore"])
+def test_a_rank_that_is_stopped_is_named_though_all_wait_and_though_the_phase_is_new(phase: Phase) -> None:
     watch, now = trained()
     readings = {
-        0: Reading(beat(51, "compute", now, inside=True), False),
-        1: Reading(beat(51, "compute", now, inside=True), True),
+        0: Reading(beat(51, phase, now, inside=True), False),
+        1: Reading(beat(51, phase, now, inside=True), True),
     }
     stall = after(watch, now, readings)
-    assert (stall.rank, stall.kind, stall.beat.phase, stall.beat.step) == (1, "stopped", "compute", 51)
+    assert (stall.rank, stall.kind, stall.beat.phase, stall.beat.step) == (1, "stopped", phase, 51)
 
 
 @pytest.mark.parametrize("phase", ["data", "compute"])
