@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import resource
 import signal
 import time
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from jobs.errors import InputError
 from orchestrator.messages import LEFT_ON_REQUEST, RankLaunch, StepReport
-from orchestrator.pulse import Pulse
+from orchestrator.pulse import Phase, Pulse
+from orchestrator.worker.faults import Faults
 from orchestrator.worker.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class _Rank:
         from parallel.layout import Layout
 
         self._launch, self._job, self._reporter, self._stopping = launch, launch.job, reporter, stopping
-        self._torch, self._pulse = torch, pulse
+        self._torch, self._pulse, self._faults = torch, pulse, Faults(launch, reporter, pulse)
         self._layout = Layout.of(self._job.layout)
         if self._job.cluster.device == "cuda":
             self._device = torch.device("cuda", launch.local_rank)
@@ -120,19 +120,18 @@ class _Rank:
         unsaved: list[StepReport] = []
         left = False
         for step in range(start + 1, train.steps + 1):
-            self._inject(step)
             clock = [time.monotonic()]
-            self._pulse.enter("data", step)
+            self._enter("data", step)
             batches = text.batches(step, dp_rank, layout.dp, micro_batch)
             clock.append(time.monotonic())
-            self._pulse.enter("compute")
+            self._enter("compute", step)
             rate = schedule.learning_rate(train, step)
-            result = engine.train_step(step, rate, batches)
+            result = engine.train_step(step, self._faults.learning_rate(rate), batches)
             clock.append(time.monotonic())
             last = step == train.steps
             validation_loss = None
             if train.eval_batches and (last or (train.eval_interval and step % train.eval_interval == 0)):
-                self._pulse.enter("evaluate")
+                self._enter("evaluate", step)
                 held_out = [
                     batch
                     for index in range(train.eval_batches)
@@ -157,12 +156,13 @@ class _Rank:
             self._reporter.send(report)
             print(f"step {step}  loss {result.loss:.6f}  grad norm {result.grad_norm:.6f}  {report.step_seconds:.3f} s")
             unsaved.append(report)
-            self._pulse.enter("agree")
+            self._enter("agree", step)
             stop = self._agreed_to_stop()
             every = job.checkpoint.interval
             if every and (last or stop or step % every == 0):
-                self._pulse.enter("checkpoint")
-                checkpoints.save(engine, step, unsaved)
+                self._enter("checkpoint", step)
+                with self._faults.saving(step):
+                    checkpoints.save(engine, step, unsaved)
                 unsaved.clear()
             left = stop and not last
             if left:
@@ -203,15 +203,15 @@ class _Rank:
 
     def _agreed_to_stop(self) -> bool:
         """Whether any rank was asked to stop: one number over all ranks, so that all leave after the same step."""
+        if self._faults.skips_collective():
+            return False
         asked = self._torch.tensor([int(self._stopping.made)])
         self._torch.distributed.all_reduce(asked)
         return bool(asked.item())
 
-    def _inject(self, step: int) -> None:
-        fault = self._job.fault
-        if self._launch.inject_fault and fault.kill_rank == self._launch.rank and fault.at_step == step:
-            self._reporter.event("fault_injected", f"rank {self._launch.rank} kills itself at step {step}", step=step)
-            os.kill(os.getpid(), signal.SIGKILL)
+    def _enter(self, phase: Phase, step: int) -> None:
+        self._pulse.enter(phase, step)
+        self._faults.enter(phase, step)
 
     def _peak_memory(self) -> int:
         if self._device.type == "cuda":
