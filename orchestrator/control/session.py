@@ -20,6 +20,7 @@ from orchestrator import manifests
 from orchestrator.control import cluster
 from orchestrator.control.controller import Controller
 from orchestrator.control.display import Display
+from orchestrator.control.injector import Injector
 from orchestrator.control.plot import plot_loss
 from orchestrator.control.record import LIVE, RunRecord, State, Throughput, new_status, status_of
 from orchestrator.messages import Event, Stop
@@ -166,6 +167,8 @@ def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], di
     layout = Layout.of(job.layout)
     record = RunRecord(run, layout, where, throughput(job, layout))
     record.listen(display)
+    if job.chaos:
+        record.listen(Injector(record, job.chaos))
     controller = Controller(job, record, cluster.Cluster(run, job, where))
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jobs.injections import SAVE_FAULTS, Injection
+from jobs.injections import CONTROL_FAULTS, SAVE_FAULTS, Injection
 from orchestrator.messages import RankLaunch
 from orchestrator.pulse import Phase, Pulse
 from orchestrator.worker.reporter import Reporter
@@ -41,7 +41,8 @@ class Faults:
 
     def __init__(self, launch: RankLaunch, reporter: Reporter, pulse: Pulse) -> None:
         chosen = [(place, launch.job.injections[place]) for place in launch.injections]
-        self._waiting = {place: fault for place, fault in chosen if fault.rank == launch.rank}
+        ours = [each for each in chosen if each[1].rank == launch.rank and each[1].kind not in CONTROL_FAULTS]
+        self._waiting = dict(ours)
         self._slow: list[Injection] = []
         self._device, self._reporter, self._pulse = launch.job.cluster.device, reporter, pulse
         self._step, self._computed, self._began = 0, 0.0, 0.0
@@ -88,8 +89,7 @@ class Faults:
 
     def _tell(self, place: int, fault: Injection) -> None:
         del self._waiting[place]
-        told = {"injection": place, "kind": fault.kind, "step": self._step}
-        self._reporter.event("fault_injected", f"injected: {fault.text}", **told)
+        self._reporter.event("fault_injected", f"injected: {fault.text}", injection=place, step=self._step)
 
     def _do(self, fault: Injection) -> None:
         match fault.kind:

@@ -49,11 +49,18 @@ def run(launch: RankLaunch, report_fd: int, pulse_fd: int, store_fd: int | None 
         reporter.event("input_error", str(error))
         traceback.print_exc()
         return 2
-    except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        reporter.event("rank_failed", f"{type(error).__name__}: {first_line}", traceback=traceback.format_exc()[-6000:])
+    except BaseException as error:
+        cause = _cause(error)
+        first_line = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
+        reporter.event("rank_failed", f"{type(cause).__name__}: {first_line}", traceback=traceback.format_exc()[-6000:])
         traceback.print_exc()
         return 1
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What some rank raised while saving: torch raises it on all, within an exception that is no Exception."""
+    failures: dict[int, tuple[BaseException, object]] = getattr(error, "failures", {})
+    return next((raised for raised, _ in failures.values()), error)
 
 
 class StopRequest:
