@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -11,17 +11,24 @@ from models.weights import Shard, whole
 from parallel.layout import Layout
 
 
-def megatron_shards(module: nn.Module, model: ModelArchitecture, layout: Layout, rank: int) -> Iterator[Shard]:
+def megatron_shards(
+    module: nn.Module,
+    model: ModelArchitecture,
+    layout: Layout,
+    rank: int,
+    kept: Callable[[nn.Parameter], Tensor] | None = None,
+) -> Iterator[Shard]:
     """The blocks of `jobs.tensors` that `rank` holds in `module`, a GPTModel (one virtual stage of it), replicas too.
 
-    The last stage's copy of a tied embedding is given as well.
+    The last stage's copy of a tied embedding is given as well. `kept` gives what an optimizer keeps of a parameter, of
+    its shape, and only of parameters; without it, blocks are of the parameters themselves and of router biases.
     """
     at = layout.coordinates(rank)
     cut = _Cut(model, layout, at)
     for name, parameter in module.named_parameters():
-        yield from cut.of(_global_name(name, module), parameter.data)
+        yield from cut.of(_global_name(name, module), kept(parameter) if kept else parameter.data)
     for name, buffer in module.named_buffers():
-        if name.endswith(".router.expert_bias"):
+        if kept is None and name.endswith(".router.expert_bias"):
             yield from cut.of(_global_name(name, module), buffer)
 
 

@@ -21,7 +21,6 @@ from parallel.layout import Layout
 
 # Said by Megatron and, about Megatron, by torch, of things that are meant to be as they are.
 for _message, _category in (
-    (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning),
     (r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1", UserWarning),
     (r"When using sequence parallelism it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS", UserWarning),
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),

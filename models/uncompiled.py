@@ -7,10 +7,14 @@ Whoever imports Megatron first decides, so every such import is within `uncompil
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+# Said by Megatron when it is imported, of what is meant to be as it is.
+warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning)
 
 
 @contextmanager

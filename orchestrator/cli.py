@@ -164,6 +164,11 @@ def _parser() -> tuple[_Parser, list[str]]:
     export.add_argument("--format", default="huggingface", help="huggingface (default): safetensors and config.json")
     export.add_argument("--step", type=_count, metavar="N", help="the checkpoint (default: the newest that is whole)")
     export.add_argument("--to", metavar="FOLDER", help="a new or empty folder (default: ./RUN-step-N)")
+    reshard = verb(
+        "reshard", verbs.checkpoint_reshard, "a run that goes on by the other engine", "run", group=checkpoint
+    )
+    reshard.add_argument("--engine", required=True, metavar="ENGINE", help="megatron or deepspeed")
+    reshard.add_argument("--step", type=_count, metavar="N", help="the checkpoint (default: the newest that is whole)")
     verb("control", verbs.control, "control a submitted run; called by its Ray job", "run")
     return parser, list(choices.choices)
 

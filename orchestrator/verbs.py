@@ -286,6 +286,22 @@ def checkpoint_verify(options: argparse.Namespace) -> Answer:
     return {"run_id": run.run_id, "checkpoints": verdicts}, DONE if all(each["whole"] for each in verdicts) else FAILED
 
 
+def checkpoint_reshard(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import need, reshard
+
+    run = find_run(options.run_root, options.run)
+    need.engines()
+    try:
+        made = reshard.reshard(run, options.run_root, options.engine, options.step)
+    except RuntimeError as error:
+        print(f"fivefold: {error}", file=sys.stderr)
+        return {"error": str(error)}, FAILED
+    if not options.json:
+        print(f"{made['run_id']} begins with step {made['step']} of {made['from']}, for the {made['engine']} engine")
+        print(f"go on with  fivefold resume {made['run_id']}")
+    return made, DONE
+
+
 def checkpoint_export(options: argparse.Namespace) -> Answer:
     from orchestrator.control import export, need, tables
 

@@ -27,13 +27,11 @@ def export(run: RunFolder, format: str, step: int | None, to: str | None) -> dic
     if format not in FORMATS:
         rule = f"is not one of {', '.join(FORMATS)}"
         raise InputError("--format", format, rule, closest(format, FORMATS) or FORMATS[0])
-    steps = manifests.steps(run)
-    if not steps:
-        raise InputError("checkpoint", step, f"{run.run_id} has none")
+    steps = _steps(run, step)
     kind = family(manifests.read(run, step or steps[0]).model)
     if to:
         _check_free(Path(to).expanduser())
-    wanted = _newest_whole(run, steps) if step is None else _whole(run, step, steps)
+    wanted = whole_checkpoint(run, step)
     folder = Path(to or f"{run.run_id}-step-{wanted.step}").expanduser().absolute()
     _check_free(folder)
     partial = folder.with_name(f"{folder.name}.partial")
@@ -68,6 +66,19 @@ def _check_free(folder: Path) -> None:
         raise InputError("--to", str(folder), "is a file", f"{folder}-2")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError("--to", str(folder), "is not empty", f"{folder}-2")
+
+
+def whole_checkpoint(run: RunFolder, step: int | None) -> CheckpointManifest:
+    """The manifest of `step`, or of the newest that is whole; InputError where there is none, or it is damaged."""
+    steps = _steps(run, step)
+    return _newest_whole(run, steps) if step is None else _whole(run, step, steps)
+
+
+def _steps(run: RunFolder, step: int | None) -> list[int]:
+    steps = manifests.steps(run)
+    if not steps:
+        raise InputError("checkpoint", step, f"{run.run_id} has none")
+    return steps
 
 
 def _newest_whole(run: RunFolder, steps: Sequence[int]) -> CheckpointManifest:

@@ -96,8 +96,9 @@ def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
     saved = compose.load(run.read("job.json"), run.path("job.json"))
     pairs = [(key, value) for key, _, value in (override.partition("=") for override in overrides)]
     keys = [key for key, _ in pairs]
+    remedy = f"fivefold checkpoint reshard {run.run_id} --engine {dict(pairs).get('engine')}"
     refused = [
-        InputError(key, value, "is decided when a run starts; start another run")
+        InputError(key, value, "is decided when a run starts; start another run", remedy if key == "engine" else None)
         for key, value in pairs
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START)
     ]

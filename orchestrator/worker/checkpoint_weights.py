@@ -1,4 +1,4 @@
-"""The weights in a checkpoint, a tensor at a time and without its optimizer; no process group, no engine."""
+"""What is in a checkpoint, a tensor at a time; no process group, no engine."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from jobs.architecture import ModelArchitecture
 from models.megatron_shards import whole_shards
+from orchestrator.worker.engines.protocol import KEPT, Kept, StateSource
 
 Read = Callable[[str], Tensor]
 """Gives one of `jobs.tensors` by its name, in the precision that it was saved in."""
 
 
-def read_megatron(folder: Path, model: ModelArchitecture) -> Read:
-    """Of a checkpoint by engines/megatron_checkpoint.py.
+def read_megatron(folder: Path, model: ModelArchitecture, kept: Kept | None = None) -> Read:
+    """Of a checkpoint by engines/megatron_checkpoint.py; `kept`: what the optimizer keeps, in fp32.
 
     Megatron stacks layers that are alike, and always experts, into one tensor with a dimension for each.
     """
     stored = _Stored(folder)
     block = lru_cache(maxsize=2)(stored.block)  # query, key and value are one tensor there: read once, not thrice
     places = {}
-    for key, shape in stored.shapes.items():
-        if key.startswith("optimizer."):
-            continue
-        for at, name in _unstacked(key, shape):
-            for shard in whole_shards(name, torch.empty(shape[len(at) :], device="meta"), model):
-                places[shard.name] = (key, at, name)
+    for prefix in _MEGATRONS[kept]:
+        for key, shape in stored.shapes.items():
+            if not key.startswith(prefix) or (not prefix and key.startswith("optimizer.")):
+                continue
+            for at, name in _unstacked(key.removeprefix(prefix), shape):
+                for shard in whole_shards(name, torch.empty(shape[len(at) :], device="meta"), model):
+                    places[shard.name] = (key, at, name)
 
     def read(tensor: str) -> Tensor:
         key, at, name = places[tensor]
@@ -41,14 +43,28 @@ def read_megatron(folder: Path, model: ModelArchitecture) -> Read:
     return read
 
 
-def read_deepspeed(folder: Path, model: ModelArchitecture) -> Read:
+def read_deepspeed(folder: Path, model: ModelArchitecture, kept: Kept | None = None) -> Read:
     """Of a checkpoint by engines/deepspeed_checkpoint.py, which has each of `jobs.tensors` whole, and in fp32."""
     stored = _Stored(folder)
-    return lambda tensor: stored.block(f"weight.{tensor}", ())
+    return lambda tensor: stored.block(f"{kept or 'weight'}.{tensor}", ())
 
+
+_MEGATRONS: dict[Kept | None, tuple[str, ...]] = {
+    None: ("",),
+    "weight": ("", "optimizer.state.param."),  # router biases are weights that no optimizer steps
+    "exp_avg": ("optimizer.state.exp_avg.",),
+    "exp_avg_sq": ("optimizer.state.exp_avg_sq.",),
+}
+"""Of keys; what is under a later prefix counts before what is under one before it."""
 
 READERS = {"megatron": read_megatron, "deepspeed": read_deepspeed}
 """By the engine that wrote the checkpoint."""
+
+
+def state_in(folder: Path, engine: str, model: ModelArchitecture) -> StateSource:
+    """All of a checkpoint that `engine` wrote, for an engine to adopt."""
+    read = {kept: READERS[engine](folder, model, kept) for kept in KEPT}
+    return lambda kept, shard: shard.cut(read[kept](shard.name)).float()
 
 
 def _unstacked(key: str, shape: torch.Size) -> Iterator[tuple[tuple[int, ...], str]]:

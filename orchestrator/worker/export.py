@@ -32,13 +32,14 @@ def export(run: RunFolder, step: int, folder: Path) -> None:
     dtype = torch.bfloat16 if job.train.precision == "bf16" else torch.float32
     manifest = manifests.read(run, step)
     with ExitStack() as stack:
-        checkpoint = _on_disk(run, manifest, stack)
+        checkpoint = on_disk(run, manifest, stack)
         read = READERS[manifest.engine](checkpoint, manifest.model)
         for file in write(folder, manifest.model, read, dtype, job.train.sequence_length):
             print(f"wrote {file.name}, {file.stat().st_size:,} bytes", file=sys.stderr, flush=True)
 
 
-def _on_disk(run: RunFolder, manifest: CheckpointManifest, stack: ExitStack) -> Path:
+def on_disk(run: RunFolder, manifest: CheckpointManifest, stack: ExitStack) -> Path:
+    """A checkpoint's folder on this machine, until the stack is closed."""
     name = manifests.folder_name(manifest.step)
     if run.local is not None:
         return run.local / name

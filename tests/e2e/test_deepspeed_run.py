@@ -35,6 +35,14 @@ def test_a_rank_is_killed_and_the_run_is_that_of_the_other_engine(
     for name, weight in theirs.items():
         assert np.linalg.norm(ours[name] - weight) <= 1e-4 * np.linalg.norm(weight), name
 
+    # What DeepSpeed trained to step 12 goes on in Megatron.
+    made = fivefold("checkpoint", "reshard", run.run_id, "--engine", "megatron", "--step", "12")
+    assert made.code == 0, made.told
+    assert fivefold("resume", made.document["run_id"]).code == 0
+    gone_on = {line["step"]: numbers(line) for line in metrics(RunFolder(made.document["run_folder"]))}
+    assert list(gone_on) == [13, 14, 15, 16]
+    np.testing.assert_allclose(list(gone_on.values()), [reference[step] for step in gone_on], rtol=1e-4)
+
 
 def exported(fivefold: Fivefold, answer: Answer, folder: Path) -> dict[str, np.ndarray]:
     """A run's last checkpoint in Hugging Face's form, tensors by name."""

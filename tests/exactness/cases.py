@@ -17,7 +17,7 @@ from typing import Any
 
 from variants import GLOBAL_BATCH, VARIANTS, job
 
-from jobs.spec import DEGREES, JobSpec, LayoutSpec
+from jobs.spec import DEGREES, SIMPLEST, JobSpec, LayoutSpec
 from parallel.capabilities import why_refused
 from parallel.layout import Layout, divisors
 
@@ -84,17 +84,19 @@ class Case:
     def features(self) -> frozenset[str]:
         """Axes above 1, and what is chosen otherwise than by default."""
         found = {axis for axis, degree in self.layout.degrees.items() if degree > 1}
-        for field in ("context_attention", "dispatcher", "zero_stage", "optimizer_replicas"):
+        for field in ("context_attention", "dispatcher"):
             value = getattr(self.layout, field)
             if value != LayoutSpec.model_fields[field].default:
                 found.add(f"{field}={value}")
-        for field in ("offload_optimizer", "offload_parameters"):
-            if getattr(self.layout, field) != "none":
-                found.add(field)
-        if self.layout.recompute == "full":
+        options = self.layout.options
+        for field in ("zero_stage", "optimizer_replicas"):
+            if options[field] != SIMPLEST[field]:
+                found.add(f"{field}={options[field]}")
+        found.update(field for field in ("offload_optimizer", "offload_parameters") if options[field] != "none")
+        if options["recompute"] == "full":
             found.add("recompute=full")
-        elif self.layout.recompute == "selective":
-            found.update(f"recompute={module}" for module in self.layout.recompute_modules)
+        elif options["recompute"] == "selective":
+            found.update(f"recompute={module}" for module in options["recompute_modules"])
         if self.drop != "none":
             found.add(f"drop={self.drop}")
         if self.packed:

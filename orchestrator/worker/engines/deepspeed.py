@@ -26,7 +26,7 @@ from models.reference import MoE, Router
 from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
 from orchestrator.offload import check_nvme
-from orchestrator.worker.engines.protocol import Batch, StepResult
+from orchestrator.worker.engines.protocol import KEPT, Batch, StateSource, StepResult
 from parallel.layout import Layout
 
 # isort: split
@@ -137,6 +137,13 @@ class DeepSpeedEngine:
             yield replace(held.block, part=self._state.read(held.parameter, "weight"))
         for bias in self._biases():
             yield replace(bias, part=bias.read())
+
+    def adopt(self, source: StateSource, steps: int) -> None:
+        self._state.renew(steps)
+        for held in self._held():
+            for kept in KEPT:
+                self._state.write(held.parameter, kept, source(kept, held.block))
+        fill(self._biases(), partial(source, "weight"))
 
     def save(self, folder: Path) -> None:
         save(self._state, self._held(), self._biases(), folder)

@@ -19,12 +19,11 @@ from torch.nn import Parameter
 
 from models.weights import Shard
 from orchestrator.worker.engines.checkpoint_files import write_files
-from orchestrator.worker.engines.deepspeed_state import MOMENTS, Kept, State
+from orchestrator.worker.engines.deepspeed_state import State
+from orchestrator.worker.engines.protocol import KEPT, Kept
 
 _READ_AT_ONCE = 1 << 28
 """Elements of parameters that a rank reads before it sets them: with their moments, 3 GiB."""
-
-KEPT: tuple[Kept, ...] = ("weight", *MOMENTS)
 
 
 @dataclass(frozen=True)

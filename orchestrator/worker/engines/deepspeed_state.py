@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import deepspeed
 import torch
@@ -12,10 +12,7 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor
 from torch.nn import Parameter
 
-Kept = Literal["weight", "exp_avg", "exp_avg_sq"]
-"""What is kept of a parameter: the weight that the optimizer steps, and Adam's two moments."""
-
-MOMENTS: tuple[Kept, ...] = ("exp_avg", "exp_avg_sq")
+from orchestrator.worker.engines.protocol import MOMENTS, Kept
 
 
 class State:

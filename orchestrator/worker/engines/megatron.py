@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from models.weights import Shard, Source, drawn, fill
 from orchestrator.worker.engines.cuda_stand_in import install, part_gradients_from_activations, repair_megatron
 from orchestrator.worker.engines.megatron_batches import LocalBatch, local_batch
 from orchestrator.worker.engines.megatron_checkpoint import count_padding, load_sharded, save_sharded
-from orchestrator.worker.engines.protocol import Batch, StepResult
+from orchestrator.worker.engines.protocol import KEPT, Batch, Kept, StateSource, StepResult
 from parallel.layout import Layout
 
 # isort: split
@@ -146,6 +147,26 @@ class MegatronEngine:
     def weights(self) -> Iterator[Shard]:
         for shard in self._shards():
             yield replace(shard, part=shard.read())
+
+    def adopt(self, source: StateSource, steps: int) -> None:
+        fill(self._shards(), partial(source, "weight"))
+        for optimizer in self._optimizer.chained_optimizers:
+            for group in optimizer.optimizer.param_groups:
+                group["step"] = steps
+        for kept in KEPT:
+            for model in self._models:
+                fill(
+                    megatron_shards(model, self._job.model, self._layout, 0, partial(self._kept, kept)),
+                    partial(source, kept),
+                )
+
+    def _kept(self, kept: Kept, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The optimizer's own, of a parameter that one rank holds whole."""
+        for optimizer in self._optimizer.chained_optimizers:
+            if parameter in optimizer.model_param_group_index_map:
+                tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+                return tensors["param" if kept == "weight" else kept].view(parameter.shape)
+        raise ValueError("a parameter that no optimizer steps")
 
     def save(self, folder: Path) -> None:
         save_sharded(self._models, self._optimizer, folder)

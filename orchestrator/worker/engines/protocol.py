@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from models.weights import Shard, Source
+
+Kept = Literal["weight", "exp_avg", "exp_avg_sq"]
+"""What is kept of a parameter: the weight that the optimizer steps, in fp32, and Adam's two moments."""
+
+MOMENTS: tuple[Kept, ...] = ("exp_avg", "exp_avg_sq")
+KEPT: tuple[Kept, ...] = ("weight", *MOMENTS)
+
+StateSource = Callable[[Kept, Shard], Tensor]
+"""Gives a shard's block of what is kept, of shape `size`, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,9 @@ class Engine(Protocol):
 
         Over all ranks they cover every tensor; replicas hold the same blocks.
         """
+
+    def adopt(self, source: StateSource, steps: int) -> None:
+        """Go on from the state that any engine had after `steps`. Of one rank alone, which holds everything."""
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state, resharding-ready, under `folder` (on a disk that all ranks share)."""

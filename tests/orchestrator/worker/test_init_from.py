@@ -22,6 +22,7 @@ from models.huggingface import source, write
 from models.reference import Decoder
 from models.weights import fill, whole
 from orchestrator.messages import RankLaunch
+from orchestrator.pulse import new_page
 from orchestrator.run_folder import RunFolder
 from orchestrator.worker import data
 from orchestrator.worker import main as worker
@@ -65,7 +66,7 @@ def train(rank: int, job: JobSpec, run_folder: str, steps: tuple[int, ...]) -> t
             checkpoint_steps=steps,
         )
         store = os.dup(listener.fileno()) if rank == 0 else None
-        code = worker.run(launch, theirs.detach(), store)
+        code = worker.run(launch, theirs.detach(), new_page(), store)
     ours.settimeout(0.1)
     return code, [json.loads(packet) for packet in _packets(ours)]
 
