@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from jobs.errors import InputError
 from jobs.injections import Injection
 from jobs.spec import JobSpec
 from orchestrator.control import session
@@ -18,19 +18,28 @@ from orchestrator.control.chaos_expectations import Verdict, judge
 from orchestrator.control.controller import injected
 from orchestrator.control.display import Display
 from orchestrator.control.record import status_of
-from orchestrator.run_folder import RunFolder
+from orchestrator.run_folder import RunFolder, is_url
 from parallel.planning import planner
 
 Record = dict[str, Any]
+_FUTILE = 2
+"""Sessions in a row that end without a fault, after which a run is given up."""
 
 
 def run(job: JobSpec, planning: planner.Planning, root: str, schedule: tuple[Injection, ...], out: IO[str]) -> Record:
-    """The scorecard of `schedule`: its lines, totals, and whether all is right. Trains here, twice."""
+    """The scorecard of `schedule`: its lines, totals, and whether all is right. Trains here, twice.
+
+    InputError where the run root is an object store.
+    """
+    if is_url(root):
+        raise InputError(
+            "run root", root, "chaos damages files of its run, and wants them on a disk of this machine", "runs"
+        )
     calm = session.create(job, planning, root, "here")
-    _session(calm, job, out)
     budget = job.policy.model_copy(update={"max_restarts": 2 * len(schedule)})
     disturbed = job.model_copy(update={"chaos": schedule, "policy": budget})
     stormy = session.create(disturbed, planning, root, "here")
+    _session([(calm, job), (stormy, disturbed)], out)
     _until_done(stormy, disturbed, out)
     card = scorecard(schedule, job.checkpoint.interval, calm, stormy)
     show(card, out)
@@ -81,18 +90,18 @@ def show(card: Record, out: IO[str]) -> None:
 
 
 def _until_done(run: RunFolder, job: JobSpec, out: IO[str]) -> None:
-    """Go on for as long as it is the faults that end sessions."""
-    happened: set[int] | None = None
-    while status_of(run)["state"] != "done" and (now := injected(run)) != happened:
-        if happened is not None or now:
-            session.resume(run, job, ())
-        happened = now
-        _session(run, job, out)
+    """Take the run up again for as long as it is faults that end its sessions; once more where it is the machine."""
+    happened, futile = injected(run), 0
+    while status_of(run)["state"] != "done" and futile < _FUTILE:
+        session.resume(run, job, ())
+        _session([(run, job)], out)
+        futile = futile + 1 if injected(run) == happened else 0
+        happened = injected(run)
 
 
-def _session(run: RunFolder, job: JobSpec, out: IO[str]) -> None:
-    """One life of a controller, in a process of its own: it may be killed."""
-    process = multiprocessing.get_context("fork").Process(target=_control, args=(run, job, out))
+def _session(runs: Sequence[tuple[RunFolder, JobSpec]], out: IO[str]) -> None:
+    """One life of a controller, in a process of its own: it may be killed. Its runs share one start of Ray."""
+    process = multiprocessing.get_context("fork").Process(target=_control, args=(runs, out))
     process.start()
     try:
         process.join()
@@ -101,10 +110,10 @@ def _session(run: RunFolder, job: JobSpec, out: IO[str]) -> None:
         raise
 
 
-def _control(run: RunFolder, job: JobSpec, out: IO[str]) -> None:
-    with contextlib.suppress(Exception):  # it stands in the run folder
-        session.run_here(run, job, Display(out))
-    sys.stdout.flush()
+def _control(runs: Sequence[tuple[RunFolder, JobSpec]], out: IO[str]) -> None:
+    for run, job in runs:
+        with contextlib.suppress(Exception):  # it stands in the run folder
+            session.run_here(run, job, Display(out))
 
 
 def _last_loss(run: RunFolder) -> float | None:

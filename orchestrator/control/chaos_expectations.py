@@ -68,6 +68,15 @@ RULES: dict[FaultKind, Rule] = {
 }
 
 
+_DECISIONS: dict[str, Decision] = {
+    "restarting": "restart",
+    "replanned": "replan",
+    "run_failed": "stop",
+    "run_interrupted": "stop",
+    "resumed": "resume",
+}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One line of the scorecard."""
@@ -96,8 +105,8 @@ def judge(place: int, fault: Injection, events: Sequence[Record], lines: Sequenc
         return Verdict(fault.text, False, None, None, False, None, 0, False)
     injected, *after = after
     found = next((event for event in after if _tells(event, rule, fault)), None)
-    failed = next((event for event in after if event["kind"] == "attempt_failed"), None)
-    decision = _decision(after)
+    decision, decided_at = _decision(after)
+    failed = next((event for event in after[:decided_at] if event["kind"] == "attempt_failed"), None)
     named = found is not None and _named(failed, rule, fault)
     lost = 0 if decision == "goes on" else _steps_lost(after, lines)
     right = named and decision in rule.decisions and lost <= rule.intervals * interval
@@ -132,15 +141,12 @@ def _named(failed: Record | None, rule: Rule, fault: Injection) -> bool:
     return failed["data"]["failure"] in rule.failures and (said or not rule.by_rank)
 
 
-def _decision(after: Sequence[Record]) -> Decision:
-    said: dict[str, Decision] = {
-        "restarting": "restart",
-        "replanned": "replan",
-        "run_failed": "stop",
-        "run_interrupted": "stop",
-        "resumed": "resume",
-    }
-    return next((said[event["kind"]] for event in after if event["kind"] in said), "goes on")
+def _decision(after: Sequence[Record]) -> tuple[Decision, int]:
+    """What was decided first, and its place; that nothing was, and their end."""
+    for place, event in enumerate(after):
+        if event["kind"] in _DECISIONS:
+            return _DECISIONS[event["kind"]], place
+    return "goes on", len(after)
 
 
 def _steps_lost(after: Sequence[Record], lines: Sequence[Record]) -> int:

@@ -25,11 +25,13 @@ class Entry:
     changes: dict[str, Any]
 
 
+_IN_OTHER_WORDS = ("slow_compute", "exploding_loss", "storage_stall", "controller_killed")
 CATALOGUE = (
-    *(Entry(kind, kind, {}) for kind in KINDS if kind not in ("slow_compute", "exploding_loss", "controller_killed")),
+    *(Entry(kind, kind, {}) for kind in KINDS if kind not in _IN_OTHER_WORDS),
     Entry("slow_compute_1.2", "slow_compute", {"factor": 1.2}),
     Entry("slow_compute_2", "slow_compute", {"factor": 2.0}),
     Entry("exploding_loss", "exploding_loss", {"factor": 1e4}),
+    Entry("storage_stall", "storage_stall", {"seconds": 3.0}),
     Entry("controller_killed_in_training", "controller_killed", {"moment": "checkpoint_written"}),
     Entry("controller_killed_at_start", "controller_killed", {"moment": "training_started"}),
     Entry("controller_killed_in_recovery", "controller_killed", {"moment": "restarting"}),

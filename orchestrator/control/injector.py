@@ -31,8 +31,9 @@ class Injector:
     def __call__(self, told: Event | dict[str, Any]) -> None:
         """A listener of the record: what it is told of stands in the run folder already."""
         event = told.kind if isinstance(told, Event) else "step"
+        coming = self._record.step if event == "checkpoint_written" else self._record.step + 1
         for place, fault in list(self._waiting.items()):
-            if self._record.step + 1 < fault.step:
+            if coming < fault.step:
                 continue
             if event == "step" and fault.moment != "checkpoint_written" and place not in self._broken:
                 self._broken.add(place)  # of a healthy run that moment would not come
@@ -40,6 +41,7 @@ class Injector:
             if event == ("step" if fault.kind == "agent_killed" else fault.moment):
                 del self._waiting[place]
                 self._inject(place, fault, told)
+                return  # two at once could not be told apart
 
     def _inject(self, place: int, fault: Injection, told: Event | dict[str, Any]) -> None:
         data: dict[str, Any] = {"injection": place, "step": self._record.step}
