@@ -5,7 +5,7 @@ SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow exact exact-random fuzz-checkpoints lint validate-planner bench-planner wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-random fuzz-checkpoints lint validate-planner bench-planner chaos bench-faults wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
@@ -37,6 +37,15 @@ validate-planner: $(VENV)/.ready
 # How quickly layouts are searched for, at 1,024 and 16,384 devices, on one core.
 bench-planner: $(VENV)/.ready
 	$(BIN)/python tests/planner/bench.py --json docs/planner/search-speed.json
+
+# Every kind of fault that is looked for, into one small job on this machine: make chaos SEED=3.
+chaos: $(VENV)/.ready
+	$(BIN)/fivefold chaos tests/e2e/tiny.yaml train.steps=120 --seed $(if $(filter new,$(SEED)),0,$(SEED))
+
+# From a fault to the next trained step under torchrun, Ray Train v2 and Fivefold: up to ten minutes.
+bench-faults: $(VENV)/.ready
+	@$(PIP) 'ray[train]'
+	$(BIN)/python tests/faults/bench.py --json docs/benchmarks/faults.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -78,6 +78,9 @@ def keys(spec: type[Spec] = JobSpec, prefix: str = "") -> Iterator[str]:
 
 
 def _nested(annotation: Any) -> type[Spec] | None:
+    """The group that a field is, or may be; a list of them is one value."""
+    if typing.get_origin(annotation) is tuple:
+        return None
     for candidate in (annotation, *typing.get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Spec):
             return candidate

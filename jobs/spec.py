@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from jobs.architecture import ModelArchitecture, Spec
+from jobs.injections import Injection
 
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -194,3 +195,11 @@ class JobSpec(Spec):
     checkpoint: CheckpointSpec
     policy: PolicySpec
     fault: FaultSpec = FaultSpec()
+    chaos: tuple[Injection, ...] = Field((), description="faults that `fivefold chaos` injects, each once a run")
+
+    @property
+    def injections(self) -> tuple[Injection, ...]:
+        """All faults to inject, those of `chaos` first; an injection is known by its place here."""
+        if self.fault.kill_rank is None:
+            return self.chaos
+        return (*self.chaos, Injection(kind="kill", rank=self.fault.kill_rank, step=self.fault.at_step, phase="data"))

@@ -34,7 +34,7 @@ class RankLaunch(Message):
     run_folder: str
     job: JobSpec
     checkpoint_steps: tuple[int, ...] = Field(description="checkpoints to resume from, best first; none: start afresh")
-    inject_fault: bool = Field(False, description="whether job.fault still applies in this attempt")
+    injections: tuple[int, ...] = Field((), description="places in job.injections of faults that have yet to happen")
 
 
 class StepReport(Message):

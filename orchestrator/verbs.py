@@ -98,6 +98,18 @@ def exact(options: argparse.Namespace) -> Answer:
     return verdict, DONE if verdict["exact"] else INEXACT
 
 
+def chaos(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import chaos, chaos_schedule
+
+    default = [name for name in chaos_schedule.NAMES if name not in chaos_schedule.UNDETECTED]
+    entries = chaos_schedule.chosen(options.kinds.split(",") if options.kinds else default)
+    job, planning = _resolved(options, here=True)
+    _check_here(job)
+    schedule = chaos_schedule.draw(job, entries, options.faults or len(entries), options.seed)
+    card = chaos.run(job, planning, options.run_root, schedule, sys.stderr if options.json else sys.stdout)
+    return card, DONE if card["all_right"] else INEXACT
+
+
 def _check_here(job: Any) -> None:
     """Refuse, before anything is created, what cannot be trained on this machine."""
     from jobs import corpus

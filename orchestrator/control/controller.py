@@ -161,6 +161,8 @@ class Controller:
         self._slow.clear()
         record.begin_attempt({rank: self._machines.nodes[rank // per_node] for rank in ranks})
         address, port = self._machines.open_store()
+        spent = injected(record.run)
+        pending = tuple(place for place in range(len(job.injections)) if place not in spent)
         self._machines.launch(
             [
                 RankLaunch(
@@ -173,14 +175,11 @@ class Controller:
                     run_folder=record.run.place,
                     job=job,
                     checkpoint_steps=tuple(manifests.steps(record.run)),
-                    inject_fault=not self._fault_is_spent(),
+                    injections=pending,
                 )
                 for rank in ranks
             ]
         )
-
-    def _fault_is_spent(self) -> bool:
-        return any(event["kind"] == "fault_injected" for event in self._record.run.read_lines("events.jsonl"))
 
     def _observe(self, report: Report, exited: dict[int, int]) -> Failure | None:
         """Record a report; the failure that it tells of, if it does."""
@@ -264,6 +263,12 @@ class Controller:
 
     def _tell(self, kind: str, message: str, **data: Any) -> None:
         self._record.event(Event(kind=kind, message=message, data=data))
+
+
+def injected(run: RunFolder) -> set[int]:
+    """Places in job.injections of the faults that have happened to this run."""
+    events = run.read_lines("events.jsonl")
+    return {event["data"]["injection"] for event in events if event["kind"] == "fault_injected"}
 
 
 def cancel(run: RunFolder) -> None:

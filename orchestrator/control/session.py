@@ -20,6 +20,7 @@ from orchestrator import manifests
 from orchestrator.control import cluster
 from orchestrator.control.controller import Controller
 from orchestrator.control.display import Display
+from orchestrator.control.injector import Injector
 from orchestrator.control.plot import plot_loss, plot_ranks
 from orchestrator.control.record import LIVE, RunRecord, State, Throughput, new_status, status_of
 from orchestrator.messages import Event, Stop
@@ -127,14 +128,14 @@ def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
 
 def check_fault(job: JobSpec) -> None:
     """Refuse an injected fault that would never happen."""
-    fault, layout = job.fault, Layout.of(job.layout)
-    if fault.kill_rank is None:
-        return
-    if fault.kill_rank >= layout.world:
-        rule = f"layout {layout.label} has ranks 0..{layout.world - 1}"
-        raise InputError("fault.kill_rank", fault.kill_rank, rule, layout.world - 1)
-    if fault.at_step > job.train.steps:
-        raise InputError("fault.at_step", fault.at_step, f"exceeds train.steps={job.train.steps}", job.train.steps)
+    layout, steps = Layout.of(job.layout), job.train.steps
+    paths = [(f"chaos.{place}.rank", f"chaos.{place}.step") for place in range(len(job.chaos))]
+    for fault, (rank, step) in zip(job.injections, [*paths, ("fault.kill_rank", "fault.at_step")], strict=False):
+        if fault.rank >= layout.world:
+            rule = f"layout {layout.label} has ranks 0..{layout.world - 1}"
+            raise InputError(rank, fault.rank, rule, layout.world - 1)
+        if fault.step > steps:
+            raise InputError(step, fault.step, f"exceeds train.steps={steps}", steps)
 
 
 def with_weights(job: JobSpec, *, here: bool) -> JobSpec:
@@ -167,6 +168,8 @@ def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], di
     layout = Layout.of(job.layout)
     record = RunRecord(run, layout, where, throughput(job, layout))
     record.listen(display)
+    if job.chaos:
+        record.listen(Injector(record, job.chaos))
     controller = Controller(job, record, cluster.Cluster(run, job, where))
 
     def interrupt(number: int, frame: FrameType | None) -> None:

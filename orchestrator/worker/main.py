@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import resource
 import signal
 import time
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from jobs.errors import InputError
 from orchestrator.messages import LEFT_ON_REQUEST, RankLaunch, StepReport
-from orchestrator.pulse import Pulse
+from orchestrator.pulse import Phase, Pulse
+from orchestrator.worker.faults import Faults
 from orchestrator.worker.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -49,11 +49,18 @@ def run(launch: RankLaunch, report_fd: int, pulse_fd: int, store_fd: int | None 
         reporter.event("input_error", str(error))
         traceback.print_exc()
         return 2
-    except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        reporter.event("rank_failed", f"{type(error).__name__}: {first_line}", traceback=traceback.format_exc()[-6000:])
+    except BaseException as error:
+        cause = _cause(error)
+        first_line = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
+        reporter.event("rank_failed", f"{type(cause).__name__}: {first_line}", traceback=traceback.format_exc()[-6000:])
         traceback.print_exc()
         return 1
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What some rank raised while saving: torch raises it on all, within an exception that is no Exception."""
+    failures: dict[int, tuple[BaseException, object]] = getattr(error, "failures", {})
+    return next((raised for raised, _ in failures.values()), error)
 
 
 class StopRequest:
@@ -77,7 +84,7 @@ class _Rank:
         from parallel.layout import Layout
 
         self._launch, self._job, self._reporter, self._stopping = launch, launch.job, reporter, stopping
-        self._torch, self._pulse = torch, pulse
+        self._torch, self._pulse, self._faults = torch, pulse, Faults(launch, reporter, pulse)
         self._layout = Layout.of(self._job.layout)
         if self._job.cluster.device == "cuda":
             self._device = torch.device("cuda", launch.local_rank)
@@ -123,21 +130,20 @@ class _Rank:
         unsaved: list[StepReport] = []
         left = False
         for step in range(start + 1, train.steps + 1):
-            self._inject(step)
             clock = [time.monotonic()]
-            self._pulse.enter("data", step)
+            self._enter("data", step)
             batches = text.batches(step, dp_rank, layout.dp, micro_batch)
             clock.append(time.monotonic())
-            self._pulse.enter("compute")
+            self._enter("compute", step)
             rate = schedule.learning_rate(train, step)
             self._seen.take()
-            result = engine.train_step(step, rate, batches)
+            result = engine.train_step(step, self._faults.learning_rate(rate), batches)
             clock.append(time.monotonic())
             waited = self._seen.take()
             last = step == train.steps
             validation_loss = None
             if train.eval_batches and (last or (train.eval_interval and step % train.eval_interval == 0)):
-                self._pulse.enter("evaluate")
+                self._enter("evaluate", step)
                 held_out = [
                     batch
                     for index in range(train.eval_batches)
@@ -163,12 +169,14 @@ class _Rank:
             self._reporter.send(report)
             print(f"step {step}  loss {result.loss:.6f}  grad norm {result.grad_norm:.6f}  {report.step_seconds:.3f} s")
             unsaved.append(report)
-            self._pulse.enter("agree")
+            self._enter("agree", step)
             stop = self._agreed_to_stop()
             every = job.checkpoint.interval
             if every and (last or stop or step % every == 0):
-                self._pulse.enter("checkpoint")
-                if checkpoints.save(engine, step, unsaved):
+                self._enter("checkpoint", step)
+                with self._faults.saving(step):
+                    saved = checkpoints.save(engine, step, unsaved)
+                if saved:
                     unsaved.clear()
             left = stop and not last
             if left:
@@ -211,15 +219,15 @@ class _Rank:
 
     def _agreed_to_stop(self) -> bool:
         """Whether any rank was asked to stop: one number over all ranks, so that all leave after the same step."""
+        if self._faults.skips_collective():
+            return False
         asked = self._torch.tensor([int(self._stopping.made)])
         self._torch.distributed.all_reduce(asked)
         return bool(asked.item())
 
-    def _inject(self, step: int) -> None:
-        fault = self._job.fault
-        if self._launch.inject_fault and fault.kill_rank == self._launch.rank and fault.at_step == step:
-            self._reporter.event("fault_injected", f"rank {self._launch.rank} kills itself at step {step}", step=step)
-            os.kill(os.getpid(), signal.SIGKILL)
+    def _enter(self, phase: Phase, step: int) -> None:
+        self._pulse.enter(phase, step)
+        self._faults.enter(phase, step)
 
     def _peak_memory(self) -> int:
         if self._device.type == "cuda":

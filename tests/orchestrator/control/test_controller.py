@@ -78,7 +78,6 @@ def test_a_run_that_nothing_happens_to(stage: SetUp) -> None:
     assert [(launch.rank, launch.local_rank) for launch in launches] == [(rank, rank) for rank in RANKS]
     assert {(launch.store_address, launch.store_port) for launch in launches} == {("127.0.0.1", 29500)}
     assert {launch.checkpoint_steps for launch in launches} == {()}
-    assert all(launch.inject_fault for launch in launches)
     assert play.told("nodes_ready") == ["host-0 ready in 1.0 s"]
     assert play.events[-1]["kind"] == "run_done"
     assert play.run.read_json("ledger.json")["mark"] is None
@@ -252,14 +251,14 @@ def test_reports_of_an_attempt_that_is_over_are_ignored(stage: SetUp) -> None:
 
 
 def test_a_fault_is_injected_once_a_run(stage: SetUp) -> None:
-    injected = Event(kind="fault_injected", message="rank 1 kills itself", attempt=1, rank=1, data={"step": 1})
+    injected = Event(kind="fault_injected", message="rank 1 kills itself", attempt=1, rank=1, data={"injection": 0})
     spec = job("train.steps=2", "fault.kill_rank=1")
     play = stage([injected, exited(1, -9)], [], started(attempt=2) + all_exited(attempt=2), spec=spec)
     play.play()
-    assert [launches[0].inject_fault for launches in play.machines.launched] == [True, False]
+    assert [launches[0].injections for launches in play.machines.launched] == [(0,), ()]
     again = stage(started(attempt=3) + all_exited(attempt=3), spec=spec)  # a later session of the run
     again.play()
-    assert [launches[0].inject_fault for launches in again.machines.launched] == [False]
+    assert [launches[0].injections for launches in again.machines.launched] == [()]
 
 
 def test_a_controller_that_fails_says_so_and_gives_the_nodes_back(stage: SetUp) -> None:
