@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from jobs import credentials
 from jobs.architecture import Spec
 from jobs.errors import CombinedInputError, InputError, closest
 from jobs.spec import JobSpec
@@ -53,6 +54,8 @@ def amend(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
 
 
 def validate(tree: dict[str, Any]) -> JobSpec:
+    if secrets := [InputError(path, text, credentials.RULE) for path, text in credentials.found(tree)]:
+        raise CombinedInputError(secrets)
     try:
         return JobSpec.model_validate(tree)
     except ValidationError as error:

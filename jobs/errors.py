@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from jobs.credentials import hidden
+
 
 class InputError(Exception):
     """What the user gave cannot be used: said in one message, exit code 2.
 
     path: where the value stands (`layout.tp`, a file, a run id); value: what was given; rule: what it
-    must satisfy, with the numbers; nearest: a valid choice, if one can be named.
+    must satisfy, with the numbers; nearest: a valid choice, if one can be named. Credentials in a URL are not shown.
     """
 
     def __init__(self, path: str, value: object, rule: str, nearest: object = None) -> None:
+        path, rule, value = hidden(path), hidden(rule), hidden(value) if isinstance(value, str) else value
         self.path, self.value, self.rule, self.nearest = path, value, rule, nearest
         shown = path if value is None else f"{path}={value}"
         hint = "" if nearest is None else f"; nearest valid: {nearest}"

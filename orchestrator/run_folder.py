@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from jobs import credentials
 from jobs.errors import InputError, closest
 from orchestrator.files import Hook, remove_tree, replace_file, unhindered
 
@@ -38,6 +39,8 @@ class RunFolder:
         from fsspec.core import url_to_fs
 
         self.before = before
+        if any(credentials.found(place)):
+            raise InputError("run root", place, credentials.RULE)
         place = place.removeprefix("file://")
         self.place = place.rstrip("/") if is_url(place) else str(Path(place).expanduser().resolve())
         try:

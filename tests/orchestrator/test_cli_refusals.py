@@ -12,6 +12,7 @@ import pytest
 from commands import Fivefold, refused
 from sample_runs import job
 
+from jobs import credentials
 from jobs.errors import InputError
 from orchestrator.control import cluster
 from orchestrator.run_folder import RunFolder
@@ -38,6 +39,8 @@ ROOT = Path(__file__).parents[2]
         (["run", "quickstart", "train.steps=0"], "train.steps", 1),
         (["run", "quickstart", "data.files=/nowhere/*.txt"], "data.files", None),
         (["run", "quickstart", "data=indexed", "data.indexed=/nowhere/set"], "data.indexed", None),
+        (["run", "quickstart", "data.files=s3://me:pass/word@store/text"], "data.files", None),
+        (["run", "quickstart", "--run-root", "s3://me:password@store/runs"], "run root", None),
         (["run", "quickstart", "data.tokenizer=/nowhere/bpe.json"], "data.tokenizer", "bytes"),
         (["run", "quickstart", "model.vocab=200"], "model.vocab", 257),
         (["run", "quickstart", "cluster.nodes=2", "layout.dp=2"], "cluster.nodes", 1),
@@ -200,3 +203,18 @@ def test_gpus_are_counted_as_far_as_they_are_visible(monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError) as caught:
         cluster.check_embedded(job("cluster=h200_x8").cluster)
     assert (caught.value.value, caught.value.nearest) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://me:sword/fish@store/x", "https://h:80/x?a=1&X-Amz-Signature=fish", "gs://b/x?access_token=fish&b=2"]
+)
+def test_credentials_in_a_url_are_not_shown(fivefold: Fivefold, url: str) -> None:
+    planned = refused(fivefold("plan", "quickstart", f"data.files={url}"), "data.files")
+    listed = refused(fivefold("list", "--run-root", url), "run root")
+    for told in (planned, listed):
+        assert "***" in told
+        assert "fish" not in told
+
+
+def test_ports_and_versions_in_a_url_are_no_credentials() -> None:
+    assert not list(credentials.found({"data": {"files": ["http://host:8080/a@b", "s3://store/x?versionId=7"]}}))
