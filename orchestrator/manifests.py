@@ -118,15 +118,20 @@ def read(run: RunFolder, step: int) -> CheckpointManifest:
     return manifest
 
 
-def whole(run: RunFolder) -> list[CheckpointManifest]:
-    """The manifests that are as they were written, newest first. InputError for one of another format."""
-    found = []
+def found(run: RunFolder) -> dict[int, CheckpointManifest | DamagedError]:
+    """By step, newest first: each manifest, or what is wrong with it. InputError for one of another format."""
+    known: dict[int, CheckpointManifest | DamagedError] = {}
     for step in steps(run):
         try:
-            found.append(read(run, step))
-        except DamagedError:
-            continue  # whoever loads it tells of it
-    return found
+            known[step] = read(run, step)
+        except DamagedError as error:
+            known[step] = error
+    return known
+
+
+def whole(run: RunFolder) -> list[CheckpointManifest]:
+    """The manifests that are as they were written, newest first; whoever loads one of the others tells of it."""
+    return [manifest for manifest in found(run).values() if isinstance(manifest, CheckpointManifest)]
 
 
 def verified(run: RunFolder, step: int) -> tuple[CheckpointManifest | None, list[str]]:

@@ -161,6 +161,7 @@ def resume(options: argparse.Namespace) -> Answer:
         session.resume(run, job, options.overrides)
         return _submitted(run, session.submit(run, job, client), options)
     _check_here(job)
+    session.check_room(run, job)
     session.resume(run, job, options.overrides)
     return _train(run, job, options)
 
@@ -264,10 +265,12 @@ def checkpoint_ls(options: argparse.Namespace) -> Answer:
     from orchestrator.control import tables
 
     run = find_run(options.run_root, options.run)
-    found = manifests.whole(run)
+    found = manifests.found(run)
     if not options.json:
         tables.checkpoints(run, found)
-    return {"run_id": run.run_id, "checkpoints": [each.model_dump(mode="json") for each in found]}, DONE
+    damaged = [{"step": step, "problem": str(each)} for step, each in found.items() if isinstance(each, InputError)]
+    good = [each.model_dump(mode="json") for each in found.values() if not isinstance(each, InputError)]
+    return {"run_id": run.run_id, "checkpoints": good, "damaged": damaged}, DONE
 
 
 def checkpoint_verify(options: argparse.Namespace) -> Answer:

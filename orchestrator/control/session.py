@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from models import huggingface_folder
 from orchestrator import manifests
 from orchestrator.control import cluster
 from orchestrator.control.controller import Controller
-from orchestrator.control.display import Display
+from orchestrator.control.display import Display, bytes_text
 from orchestrator.control.injector import Injector
 from orchestrator.control.plot import plot_loss, plot_ranks
 from orchestrator.control.record import LIVE, RunRecord, State, Throughput, new_status, status_of
@@ -43,8 +44,9 @@ _DECIDED_AT_START = (
 
 
 def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["here", "cluster"]) -> RunFolder:
-    """A new run folder, whole or not at all, with the job as it is to be run."""
+    """A new run folder, whole or not at all, with the job as it is to be run; InputError where it has no room."""
     run = RunFolder(f"{root.rstrip('/')}/{new_run_id(job.name)}")
+    check_room(run, job)
     try:
         run.write_json("plan.json", planning.plans[0].as_dict() | planner.device_of(job).told())
         run.write_json("status.json", new_status(run.run_id, Layout.of(job.layout), where))
@@ -53,6 +55,17 @@ def create(job: JobSpec, planning: planner.Planning, root: str, where: Literal["
         rule = f"cannot be written: {getattr(error, 'strerror', None) or error}"
         raise InputError("run root", root, rule) from None
     return run
+
+
+def check_room(run: RunFolder, job: JobSpec) -> None:
+    """Refuse a disk on which not one checkpoint of the job has room: weights and two moments in fp32, at least."""
+    if run.local is None or not job.checkpoint.interval:
+        return
+    existing = next(place for place in (run.local, *run.local.parents) if place.exists())
+    free, needed = shutil.disk_usage(existing).free, 12 * job.model.parameters
+    if free < needed:
+        rule = f"has {bytes_text(free)} free, and a checkpoint of this job takes {bytes_text(needed)} at least"
+        raise InputError("run root", str(run.local.parent), rule, "free some room, or another --run-root")
 
 
 def run_here(run: RunFolder, job: JobSpec, display: Display) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from jobs.errors import InputError
 from orchestrator.control.display import bytes_text, print_table
 from orchestrator.manifests import CheckpointManifest
 from orchestrator.run_folder import RunFolder
@@ -46,16 +48,23 @@ def status(found: dict[str, Any]) -> None:
         print_table(None, [("rank", True), ("pid", True), ("node", False), ("state", False), ("step", True)], rows)
 
 
-def checkpoints(run: RunFolder, found: list[CheckpointManifest]) -> None:
+def checkpoints(run: RunFolder, found: Mapping[int, CheckpointManifest | InputError]) -> None:
+    """From `manifests.found`."""
     if not found:
         print(f"{run.run_id} has no checkpoint")
         return
     rows = []
-    for manifest in found:
+    for step, manifest in found.items():
+        if isinstance(manifest, InputError):
+            rows.append([str(step), "damaged", "-", "-", "-"])
+            continue
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.written_at))
         label = Layout.of(manifest.layout).label
         rows.append([str(manifest.step), label, bytes_text(manifest.size_bytes), str(len(manifest.files)), when])
     print_table(None, [("step", True), ("layout", False), ("size", True), ("files", True), ("written", False)], rows)
+    for problem in found.values():
+        if isinstance(problem, InputError):
+            print(problem)
 
 
 def exported(written: dict[str, Any]) -> None:

@@ -76,6 +76,12 @@ def test_checkpoint_ls(fivefold: Fivefold, run: RunFolder) -> None:
     ]
     found = fivefold("checkpoint", "ls", "quick-1", "--json").document["checkpoints"]
     assert [(each["step"], len(each["files"])) for each in found] == [(40, 2), (20, 2)]
+    run.write("checkpoints/step-00000040/manifest.json", b"{")
+    told = fivefold("checkpoint", "ls", "quick-1").out.splitlines()
+    assert (told[1].split()[:2], told[2].split()[0]) == (["40", "damaged"], "20")
+    assert "manifest.json: is not JSON" in told[3]
+    (damaged,) = fivefold("checkpoint", "ls", "quick-1", "--json").document["damaged"]
+    assert (damaged["step"], damaged["problem"]) == (40, told[3])
 
 
 def test_checkpoint_verify(fivefold: Fivefold, run: RunFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,16 @@ def test_each_submission_of_a_run_has_an_id_that_ray_has_not_seen(run: RunFolder
         session.resume(run, spec, ["train.steps=200"])
     assert [each["submission_id"] for each in client.submitted] == ["quick-1", "quick-1-1", "quick-1-2"]
     assert client.submitted[0]["entrypoint"].endswith(f"exec fivefold control {run.place}")
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_before_anything_is_made(
+    fivefold: Fivefold, run: RunFolder, run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(run_root)
+    monkeypatch.setattr(
+        session.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+    )
+    for command in (["run", "quickstart"], ["resume", "quick-1", "train.steps=200"]):
+        said = refused(fivefold(*command), "run root", "free some room, or another --run-root")
+        assert "has 1 MB free, and a checkpoint of this job takes" in said
+    assert contents(run_root) == before

@@ -74,10 +74,10 @@ def test_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     run = make_run(str(tmp_path / "quick-1"))
-    tables.checkpoints(run, [])
+    tables.checkpoints(run, {})
     assert printed(capsys) == ["quick-1 has no checkpoint"]
     make_checkpoint(run, 20)
-    tables.checkpoints(run, [manifests.read(run, 20)])
+    tables.checkpoints(run, manifests.found(run))
     assert printed(capsys) == [
         "step  layout       size  files  written",
         "  20  tp2 dp2 ep2  0 MB      2  1970-01-12 13:47:00",
