@@ -26,9 +26,9 @@ exact: $(VENV)/.ready
 exact-random: $(VENV)/.ready
 	$(BIN)/python tests/exactness/run.py --seed $(SEED)
 
-# Trainings killed, or refused by their disk, at 600 seeded changes to their checkpoints; each is resumed and compared.
+# Trainings killed, or refused by their disk, at 600 seeded changes to their checkpoints, or these damaged; each resumed.
 fuzz-checkpoints: $(VENV)/.ready
-	PYTHONPATH=. $(BIN)/python tests/orchestrator/worker/crashes.py 600
+	PYTHONPATH=. $(BIN)/python tests/orchestrator/worker/crashes.py 600 docs/benchmarks/crashes.json
 
 # What the planner predicts of a table of published measurements, by source: make validate-planner TABLE=path.
 validate-planner: $(VENV)/.ready

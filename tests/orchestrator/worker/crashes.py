@@ -1,12 +1,16 @@
 """A training of a few tensors, saved and restored by the ordinary code, that is killed or refused at a chosen point.
 
-`python tests/orchestrator/worker/crashes.py 600` tries so many points and says what came of them.
+Or it ends, and a byte of its newest checkpoint is changed, or a file cut or removed. Then it is resumed, and what it
+resumes from compared. `python tests/orchestrator/worker/crashes.py 600 FILE` tries so many points and writes there what
+came of them.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import platform
 import random
 import signal
 import socket
@@ -36,7 +40,8 @@ from orchestrator.worker.checkpoint_tensors import PlainValues, Reader, Writer
 from orchestrator.worker.reporter import Reporter
 from parallel.layout import Layout
 
-STEPS = 4
+STEPS, REFUSED = 4, 200
+JOB = job("checkpoint.interval=1", "policy.grace_seconds=20")
 fsspec.config.conf["file"] = {"auto_mkdir": True}  # local:// stands for an object store: it is written by uploads
 
 
@@ -68,7 +73,10 @@ class _Planner(PlainValues, torch_checkpoint.DefaultLoadPlanner):
 
 @dataclass(frozen=True)
 class Trial:
-    """Point `at` of a training's saves; kind: killed there, or refused that one change as by a full disk."""
+    """Point `at` of a training's saves.
+
+    kind: kill, there; refuse that one change, as a full disk does; or flip, cut or delete a file once it is over.
+    """
 
     place: str
     at: int
@@ -81,7 +89,6 @@ def train(trial: Trial, descriptor: int, hook: Hook) -> int:
     files._BUFFER_BYTES = 1024  # many writes a file, so that a kill tears it
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    checkpoint = {"checkpoint.interval": 1, "checkpoint.keep": trial.keep, "policy.grace_seconds": 20}
     run = RunFolder(trial.place)
     launch = RankLaunch(
         run_id=run.run_id,
@@ -91,7 +98,7 @@ def train(trial: Trial, descriptor: int, hook: Hook) -> int:
         store_address="",
         store_port=1,
         run_folder=trial.place,
-        job=job(*(f"{key}={value}" for key, value in checkpoint.items())),
+        job=JOB.model_copy(update={"checkpoint": JOB.checkpoint.model_copy(update={"keep": trial.keep})}),
         checkpoint_steps=tuple(manifests.steps(run)),
     )
     checkpoints = Checkpoints(launch, Layout(), Reporter(launch, descriptor), hook)
@@ -105,11 +112,11 @@ def train(trial: Trial, descriptor: int, hook: Hook) -> int:
 
 
 def in_a_fork(trial: Trial, hook: Hook) -> tuple[int, list[Event]]:
-    """How a training ended: the step it began at, or minus a signal, or 200 and more for an error; what it told."""
+    """How a training ended: the step it began at, or minus a signal, or REFUSED; what it told."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
-        code = 200
+        code = REFUSED
         try:
             ours.close()
             code = train(trial, theirs.detach(), hook)
@@ -141,23 +148,53 @@ def fault(trial: Trial) -> Hook:
     return hook
 
 
+def damage(run: RunFolder, draw: random.Random, kind: str) -> str:
+    """To a file of the newest checkpoint, the manifest among them. Returns its name."""
+    folder = manifests.folder_name(manifests.steps(run)[0])
+    name = draw.choice(run.names(folder))
+    path = Path(run.path(f"{folder}/{name}"))
+    content = bytearray(path.read_bytes())
+    if kind == "delete":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(content[: draw.randrange(len(content))])
+    else:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+    return name
+
+
 def attempt(seed: int, folder: Path) -> str:
     """One seeded fault and the recovery from it. Returns what came of it; AssertionError for a wrong resume."""
     draw = random.Random(seed)
     uploaded = draw.random() < 0.4
     place = f"{'local://' if uploaded else ''}{folder}/run-{seed}"
-    trial = Trial(place, draw.randint(1, 75), draw.choice(("kill", "kill", "refuse")), draw.choice((1, 2)))
-    ended, told = in_a_fork(trial, fault(trial))
+    kind = draw.choice(("kill", "kill", "kill", "refuse", "refuse", "flip", "cut", "delete"))
+    spoilt = kind in ("flip", "cut", "delete")
+    trial = Trial(place, draw.randint(1, 75), kind, draw.choice((2, 3) if spoilt else (1, 2)))
+    ended, told = in_a_fork(trial, unhindered if spoilt else fault(trial))
     assert ended in (0, -signal.SIGKILL), f"seed {seed}: {trial} ended with {ended}"
-    written = max((event.data["step"] for event in told if event.kind == "checkpoint_written"), default=0)
-    started, told = in_a_fork(trial, unhindered)
-    assert written <= started <= STEPS, f"seed {seed}: {trial} had written step {written}, and resumed from {started}"
     run = RunFolder(place)
+    least, most = max((event.data["step"] for event in told if event.kind == "checkpoint_written"), default=0), STEPS
+    where = "uploading" if uploaded else "on a disk"
+    if spoilt:  # which was the newest is known; uploads leave steps out
+        others = manifests.steps(run)[1:]
+        name, least = damage(run, draw, kind), next(iter(others), 0)
+        most, seen = least, (kind, name) != ("delete", "manifest.json")
+    started, told = in_a_fork(trial, unhindered)
+    if spoilt and seen:
+        found = [event for event in told if event.kind == "checkpoint_damaged"]
+        assert [event.data["step"] for event in found] == [STEPS], f"seed {seed}: {trial}, {name}: {told}"
+        assert name in found[0].message
+        if not others:
+            assert started == REFUSED, f"seed {seed}: {trial}, {name}: went on from {started} with nothing whole"
+            return f"{kind}, {where}, refused: no other is there"
+    assert least <= started <= most, f"seed {seed}: {trial} had written step {least}, and resumed from {started}"
     newest = manifests.steps(run)[0]
     assert (newest, manifests.verified(run, newest)[1]) == (STEPS, []), f"seed {seed}: {trial} is not whole at its end"
-    if ended:
-        return f"killed, {'uploading' if uploaded else 'on a disk'}, resumed from {started}"
-    return f"refused, {'uploading' if uploaded else 'on a disk'}, trained on"
+    if spoilt:
+        return f"{kind}, {where}, resumed from the one before"
+    return f"killed, {where}, resumed from {started}" if ended else f"refused, {where}, trained on"
 
 
 def attempts(seeds: range, told: Callable[[str], None] = print) -> Counter[str]:
@@ -176,4 +213,12 @@ def attempts(seeds: range, told: Callable[[str], None] = print) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    attempts(range(int(sys.argv[1])))
+    count, kept = int(sys.argv[1]), Path(sys.argv[2])
+    document = {
+        "command": f"python tests/orchestrator/worker/crashes.py {count} {kept}",
+        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},
+        "points": count,
+        "wrong_resumes": 0,  # the first would have ended this
+        "came_of_them": dict(sorted(attempts(range(count)).items())),
+    }
+    kept.write_text(json.dumps(document, indent=1) + "\n")
