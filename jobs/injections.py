@@ -25,7 +25,8 @@ RankFault = Literal[
     "slow_network",
     "zygote_killed",
 ]
-"""Of one rank, in a phase of a step. Slowness lasts `steps`; the others are over at once, or never."""
+"""Of one rank, in a phase of a step; an exploding loss is of all. Slowness lasts `steps`; the others are over at once,
+or never."""
 
 SaveFault = Literal["save_killed", "disk_full", "storage_error", "storage_stall"]
 """Of one rank, at the `point`-th file that it opens for writing or renames in checkpoints, from `step` on."""

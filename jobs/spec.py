@@ -168,7 +168,15 @@ class CheckpointSpec(Spec):
 
 
 class PolicySpec(Spec):
-    max_restarts: int = Field(3, ge=0, description="failed attempts a run survives")
+    max_restarts: int = Field(3, ge=0, description="failed attempts a run survives within window_hours")
+    window_hours: float = Field(24.0, gt=0, description="of the rolling window in which failures are counted")
+    on_node_lost: Literal["wait", "replan"] = Field(
+        "wait", description="for another node, or, after node_wait_seconds, go on at another layout on those left"
+    )
+    node_wait_seconds: float = Field(60.0, gt=0, description="longest wait for another node before a replan")
+    on_straggler: Literal["report", "quarantine"] = Field(
+        "report", description="quarantine: at the next checkpoint the node of a slow rank is left for another"
+    )
     grace_seconds: float = Field(300.0, gt=0, description="longest wait for a checkpoint when asked to stop")
     unsaved_minutes: float = Field(
         60.0, gt=0, description="longest training with no new checkpoint kept, where disks or stores refuse them"

@@ -83,7 +83,14 @@ def parse_report(line: bytes | str) -> Report:
 
 
 class Restart(Message):
-    """Decision: end the attempt and start the next from the newest good checkpoint."""
+    """Decision: end the attempt and start the next, a while later, from the newest good checkpoint."""
+
+    reason: str
+    delay_seconds: float = 0.0
+
+
+class Replan(Message):
+    """Decision: as `Restart`, at a layout that needs less memory."""
 
     reason: str
 
@@ -95,4 +102,4 @@ class Stop(Message):
     reason: str
 
 
-Decision = Restart | Stop
+Decision = Restart | Replan | Stop

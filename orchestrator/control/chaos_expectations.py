@@ -30,9 +30,9 @@ class Rule:
     """Checkpoint intervals that may be lost at most."""
 
 
-_HUNG = Rule("rank_stalled", failures=("rank_hung",))
-_DIVERGED = Rule("attempt_failed", by_rank=False, failures=("diverged",), decisions=("restart", "stop"), intervals=2)
-_SLOW = Rule("straggler", decisions=("goes on",))
+_HUNG = Rule("rank_hung", failures=("rank_hung",))
+_DIVERGED = Rule("diverged", by_rank=False, failures=("diverged",), intervals=3)
+_SLOW = Rule("rank_slow", decisions=("goes on",))
 _DAMAGED = Rule("checkpoint_damaged", by_rank=False, failures=("rank_died",), intervals=2)
 _REFUSED = r"File too large|No space left|[Ii]nput/output error|inline_container"
 """The last is torch's writer, which hides why a file came out short."""
@@ -42,16 +42,14 @@ RULES: dict[FaultKind, Rule] = {
     "exception": Rule("rank_failed", "injected at step", failures=("rank_failed",)),
     "kill": Rule("rank_exited", "SIGKILL", failures=("rank_died",)),
     "stop": _HUNG,
-    "terminate": Rule("run_interrupted|preempted", by_rank=False, decisions=("stop", "restart"), intervals=0),
+    "terminate": Rule("attempt_failed", by_rank=False, failures=("preempted",), intervals=0),
     "segfault": Rule("rank_exited", "SIGSEGV", failures=("rank_died",)),
     "held_lock": _HUNG,
     "skipped_collective": _HUNG,
     "livelock": _HUNG,
     "nan": _DIVERGED,
     "exploding_loss": _DIVERGED,
-    "out_of_memory": Rule(
-        "rank_failed", "MemoryError|OutOfMemory", True, ("rank_failed", "out_of_memory"), ("restart", "replan")
-    ),
+    "out_of_memory": Rule("rank_failed", "MemoryError|OutOfMemory", True, ("out_of_memory",), ("restart", "replan")),
     "slow_compute": _SLOW,
     "slow_data": _SLOW,
     "slow_network": _SLOW,

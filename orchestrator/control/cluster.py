@@ -31,6 +31,8 @@ class Cluster:
         self._agents: list[Any] = []
         self._polls: dict[Any, int] = {}
         self._preparing: list[Any] = []
+        self._node_ids: dict[str, str] = {}
+        self._left_out: list[str] = []
         self.nodes: list[str] = []
 
     def connect(self) -> None:
@@ -59,13 +61,37 @@ class Cluster:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
+    def take(self, job: JobSpec) -> None:
+        """Serve this job from the next request or launch on."""
+        self._job = job
+
+    def leave_out(self, nodes: set[str]) -> None:
+        """Nodes, by their names, that later requests are not to be granted."""
+        self._left_out = [self._node_ids[name] for name in nodes]
+
+    def available(self) -> int:
+        """Nodes of the cluster that are alive, not left out, and have what a node of the job needs."""
+        import ray
+
+        need = _need(self._job.cluster)
+        return sum(
+            node["Alive"]
+            and node["NodeID"] not in self._left_out
+            and all(node["Resources"].get(kind, 0) >= count for kind, count in need.items())
+            for node in ray.nodes()
+        )
+
     def request(self) -> None:
         """Ask Ray for all nodes at once; `granted` tells when they are there."""
         from ray.util.placement_group import placement_group
 
-        spec = self._job.cluster
-        bundle = {"CPU": 1, "GPU": _gpus(spec)} if _gpus(spec) else {"CPU": 1}
-        self._group = placement_group([bundle] * spec.nodes, strategy="STRICT_SPREAD")
+        count = self._job.cluster.nodes
+        others = {"ray.io/node-id": f"!in({','.join(self._left_out)})"}
+        self._group = placement_group(
+            [_need(self._job.cluster)] * count,
+            strategy="STRICT_SPREAD",
+            bundle_label_selector=[others] * count if self._left_out else None,
+        )
 
     def granted(self, wait_seconds: float) -> bool:
         return bool(self._group.wait(wait_seconds))
@@ -99,7 +125,8 @@ class Cluster:
         done, waiting = ray.wait(self._preparing, num_returns=len(self._preparing), timeout=wait_seconds)
         names = ray.get(done)
         if not waiting:
-            self.nodes = [str(name) for name in names]
+            self._node_ids |= {str(name): str(node) for name, node in names}
+            self.nodes = [str(name) for name, _ in names]
         return not waiting
 
     def open_store(self) -> tuple[str, int]:
@@ -223,6 +250,11 @@ def _use_token() -> None:
     kept = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
     if "RAY_AUTH_TOKEN" in os.environ or kept.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _need(spec: ClusterSpec) -> dict[str, float]:
+    """Resources of one node, in Ray's terms."""
+    return {"CPU": 1, "GPU": _gpus(spec)} if _gpus(spec) else {"CPU": 1}
 
 
 def _gpus(spec: ClusterSpec) -> int:

@@ -10,9 +10,21 @@ from jobs import corpus
 from jobs.errors import InputError
 from jobs.spec import JobSpec
 from orchestrator import manifests
-from orchestrator.control.policies import Failure, after_failure, blamed
+from orchestrator.control import replanning
+from orchestrator.control.divergence import Divergence
+from orchestrator.control.policies import Failure, after_failure, blamed, failed_how, history, suspects
 from orchestrator.control.record import RunRecord
-from orchestrator.messages import LEFT_ON_REQUEST, Decision, Event, RankLaunch, Report, StepReport, Stop
+from orchestrator.messages import (
+    LEFT_ON_REQUEST,
+    Decision,
+    Event,
+    RankLaunch,
+    Replan,
+    Report,
+    Restart,
+    StepReport,
+    Stop,
+)
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
 
@@ -29,6 +41,9 @@ class Machines(Protocol):
     nodes: list[str]
 
     def connect(self) -> None: ...
+    def take(self, job: JobSpec) -> None: ...
+    def leave_out(self, nodes: set[str]) -> None: ...
+    def available(self) -> int: ...
     def request(self) -> None: ...
     def granted(self, wait_seconds: float) -> bool: ...
     def start_agents(self) -> None: ...
@@ -47,13 +62,16 @@ class Controller:
     def __init__(self, job: JobSpec, record: RunRecord, machines: Machines) -> None:
         self._job, self._record, self._machines = job, record, machines
         self._layout = Layout.of(job.layout)
-        self._failures: list[Failure] = []
+        self._failures = history(record.run.read_lines("events.jsonl"))
+        self._divergence = Divergence()
+        self._left_out: set[str] = set()
         self._stop_wanted: Literal["cancelled", "interrupted"] | None = None
         self._kill_wanted = False
         self._looked_for_cancel = 0.0
         from orchestrator.control.stragglers import Stragglers  # with NumPy, which a plan does without
 
         self._stragglers, self._slow = Stragglers(self._layout), set[tuple[int, str]]()
+        self._slow_node: str | None = None
 
     def interrupt(self) -> None:
         """Checkpoint and leave; asked twice: leave at once. Safe to call from a signal handler."""
@@ -78,33 +96,83 @@ class Controller:
     def _run(self) -> Stop:
         corpus.check(self._job.data, self._job.train)
         self._machines.connect()
-        outcome = self._acquire()
+        outcome = self._acquire(self._job.policy.start_timeout_seconds)
         while outcome is None:
             decision = self._attempt()
-            if isinstance(decision, Stop):
-                outcome = decision
-                continue
-            count, budget = len(self._failures), self._job.policy.max_restarts
-            self._tell("restarting", f"restart {count} of at most {budget}", reason=decision.reason)
-            if self._failures and self._failures[-1].kind == "node_lost":
-                self._machines.release()
-                outcome = self._acquire()
+            outcome = decision if isinstance(decision, Stop) else self._go_on(decision)
         return outcome
 
-    def _acquire(self) -> Stop | None:
+    def _go_on(self, decision: Restart | Replan) -> Stop | None:
+        """Between two attempts: another layout, a pause, other nodes, as was decided."""
+        policy, node_lost = self._job.policy, bool(self._failures) and self._failures[-1].kind == "node_lost"
+        if isinstance(decision, Replan) and (job := replanning.needing_less_memory(self._job)):
+            self._replan(job, "one that needs less memory")
+        delay = decision.delay_seconds if isinstance(decision, Restart) else 0.0
+        counted = sum(failure.kind != "preempted" for failure in self._failures)
+        when = f", in {delay:.1f} s" if delay else ""
+        self._tell("restarting", f"restart {counted} of at most {policy.max_restarts}{when}", reason=decision.reason)
+        deadline = time.monotonic() + delay
+        while time.monotonic() < deadline:
+            self._machines.poll(_POLL_SECONDS)
+            self._record.confirm()
+            if stop := self._stopped():
+                return stop
+        quarantined = self._quarantine(suspects(self._failures, policy))
+        if not node_lost and not quarantined and not self._slow_node:
+            return None
+        self._slow_node = None
+        self._machines.release()
+        return self._acquire(
+            policy.start_timeout_seconds if policy.on_node_lost == "wait" else policy.node_wait_seconds
+        )
+
+    def _quarantine(self, nodes: set[str]) -> bool:
+        """Leave nodes out from now on, where the cluster has others: a suspect one is better than none."""
+        new = (nodes & set(self._machines.nodes)) - self._left_out
+        if not new:
+            return False
+        spare = self._machines.available() - self._job.cluster.nodes
+        names = ", ".join(sorted(new))
+        if spare < len(new):
+            self._tell("suspect_node", f"{names}: is suspect, and the cluster has none in its place")
+            return False
+        self._left_out |= new
+        self._machines.leave_out(self._left_out)
+        self._tell("node_quarantined", f"{names}: left for another", nodes=sorted(new))
+        return True
+
+    def _replan(self, job: JobSpec, what: str) -> None:
+        """Go on at another layout: what is trained is the same, to the sample."""
+        before, self._job = self._layout, job
+        self._layout = Layout.of(job.layout)
+        self._stragglers = type(self._stragglers)(self._layout)
+        self._record.run.write_json("job.json", job.model_dump(mode="json"))
+        self._record.take_layout(self._layout)
+        self._machines.take(job)
+        text = f"{before.label} -> {self._layout.label}, micro-batch {job.layout.micro_batch}: {what}"
+        self._tell("replanned", text, layout=job.layout.model_dump(mode="json"), nodes=job.cluster.nodes)
+
+    def _acquire(self, patience_seconds: float) -> Stop | None:
         """Wait for all nodes of the job and warm their zygotes; None once they are ready to train what is left."""
         spec, policy = self._job.cluster, self._job.policy
         self._record.set_state("queued")
         self._record.ledger.switch("queue", time.time())
         self._tell("nodes_requested", f"waiting for {spec.nodes} x {spec.devices_per_node} {spec.device} devices")
         self._machines.request()
-        deadline = time.monotonic() + policy.start_timeout_seconds
+        deadline = time.monotonic() + patience_seconds
         while not self._machines.granted(_POLL_SECONDS):
             self._record.confirm()
-            if time.monotonic() > deadline:
-                return Stop(state="failed", reason=f"no devices within {policy.start_timeout_seconds:.0f} s")
             if stop := self._stopped():
                 return stop
+            if time.monotonic() > deadline:
+                fewer = None
+                if policy.on_node_lost == "replan":
+                    fewer = replanning.on_nodes(self._job, min(self._machines.available(), spec.nodes - 1))
+                if fewer is None:
+                    return Stop(state="failed", reason=f"no devices within {patience_seconds:.0f} s")
+                self._machines.release()
+                self._replan(fewer, f"{fewer.cluster.nodes} of {spec.nodes} nodes are left")
+                return self._acquire(policy.start_timeout_seconds)
         self._record.ledger.switch("restart", time.time())
         began = time.monotonic()
         self._machines.start_agents()
@@ -137,6 +205,10 @@ class Controller:
             stop = self._stopped()
             if failure and not stop:
                 return self._recover(failure)
+            if self._slow_node and not stop:
+                self._machines.kill_ranks()
+                self._record.ledger.switch("restart", time.time())
+                return Restart(reason=f"{self._slow_node} is slower than its peers")
             if stop and asked_at is None:
                 asked_at = time.monotonic()
                 self._record.set_state("stopping", stop.reason)
@@ -149,7 +221,8 @@ class Controller:
                 return stop
         if all(code == 0 for code in exited.values()):
             return Stop(state="done", reason=f"trained {self._record.step} steps")
-        return self._stopped() or Stop(state="interrupted", reason="the ranks were asked to stop from outside")
+        reason = "the ranks were asked from outside to save and leave"
+        return self._stopped() or self._recover(Failure("preempted", reason, self._record.step, time.time()))
 
     def _launch(self) -> None:
         job, record = self._job, self._record
@@ -188,15 +261,21 @@ class Controller:
             return None  # a rank of an attempt that is over
         if isinstance(report, StepReport):
             line = record.report(report)
-            if line:
-                record.ledger.step(line["step"], line["at"], line["phase_seconds"]["data"])
-                self._compare_ranks(line["step"])
-            return None
+            if line is None:
+                return None
+            record.ledger.step(line["step"], line["at"], line["phase_seconds"]["data"])
+            self._compare_ranks(line["step"])
+            return self._look_at_loss(line)
         record.event(report)
         if report.kind == "training_started":
             record.ledger.switch("productive", report.at)
+            self._divergence.begin(report.data["start_step"])
+        if report.kind == "rank_hung":
+            record.ledger.switch("detect", report.at - report.data["seconds"])
         if report.kind in ("checkpoint_written", "checkpoint_staged"):
             record.ledger.stall(report.at, report.data["seconds"])
+        if report.kind == "checkpoint_written" and self._slow and self._job.policy.on_straggler == "quarantine":
+            self._leave_slow_node()
         if report.kind == "rank_exited":
             assert report.rank is not None
             exited[report.rank] = report.data["code"]
@@ -208,23 +287,42 @@ class Controller:
         slow = self._stragglers.add(record.reports)
         for straggler in slow:
             if (straggler.rank, straggler.cause) not in self._slow:
-                self._tell("rank_slow", straggler.text, **asdict(straggler))
+                record.event(
+                    Event(kind="rank_slow", message=straggler.text, rank=straggler.rank, data=asdict(straggler))
+                )
         self._slow = {(straggler.rank, straggler.cause) for straggler in slow}
         if slower := self._stragglers.slower():
             record.run.append("ranks.jsonl", [{"step": step, "slower": slower}])
 
+    def _leave_slow_node(self) -> None:
+        """Where nothing is lost by it and the cluster has another: routing's slowness is no node's."""
+        ranks = sorted(rank for rank, cause in self._slow if cause != "routing")
+        nodes = {self._machines.nodes[rank // self._job.cluster.devices_per_node] for rank in ranks[:1]}
+        if self._quarantine(nodes):
+            (self._slow_node,) = nodes
+
+    def _look_at_loss(self, line: dict[str, Any]) -> Failure | None:
+        first = self._divergence.add(line["step"], line["loss"], line["grad_norm"])
+        if first is None:
+            return None
+        text = f"the loss has diverged since step {first}: {line['loss']:.4g} nats at step {line['step']}"
+        self._tell("diverged", text, step=first)
+        return Failure("diverged", text, first, line["at"])
+
     def _failure(self, event: Event) -> Failure | None:
-        step = self._record.step
+        step, at, node = self._record.step, event.at, event.node
         if event.kind == "input_error":
-            return Failure("input_error", event.message, step)
+            return Failure("input_error", event.message, step, at)
         if event.kind == "rank_failed":
-            return Failure("rank_failed", f"rank {event.rank} failed: {event.message}", step)
+            how = failed_how(event.message)
+            return Failure(how, f"rank {event.rank} failed: {event.message}", step, at, node)
         if event.kind == "rank_hung":
-            return Failure("rank_hung", event.message, step)
+            return Failure("rank_hung", event.message, step, at, node)
         if event.kind in ("node_lost", "zygote_lost"):
-            return Failure("node_lost", event.message, step)
+            return Failure("node_lost", event.message, step, at, node)
         if event.kind == "rank_exited" and event.data["code"] not in (0, LEFT_ON_REQUEST):
-            return Failure("rank_died" if event.data["code"] < 0 else "rank_exited", event.message, step)
+            kind: Literal["rank_died", "rank_exited"] = "rank_died" if event.data["code"] < 0 else "rank_exited"
+            return Failure(kind, event.message, step, at, node)
         return None
 
     def _recover(self, failure: Failure) -> Decision:
@@ -237,7 +335,8 @@ class Controller:
             for report in self._machines.poll(_BLAME_SECONDS):
                 failure = blamed(failure, self._observe(report, exited)) or failure
         text = f"step {failure.step}: {failure.reason}"
-        self._tell("attempt_failed", text, step=failure.step, failure=failure.kind)
+        data = {"step": failure.step, "failure": failure.kind, "reason": failure.reason, "node": failure.node}
+        self._tell("attempt_failed", text, **data)
         record.ledger.switch("restart", time.time())
         self._machines.kill_ranks()
         # A node that is gone is known to be once it was asked for something; ranks now die because they are killed.
@@ -245,8 +344,17 @@ class Controller:
             other = self._observe(report, exited)
             if other and other.kind in ("input_error", "node_lost"):
                 failure = blamed(failure, other) or failure
+        if failure.kind == "diverged":
+            self._forget_from(failure.step - 1)
         self._failures.append(failure)
         return after_failure(self._failures, self._job.policy)
+
+    def _forget_from(self, step: int) -> None:
+        """Remove checkpoints that hold what a broken step made of the weights; what one shows, the one before did."""
+        for spoilt in manifests.steps(self._record.run):
+            if spoilt >= step:
+                manifests.remove(self._record.run, spoilt)
+                self._tell("checkpoint_removed", f"checkpoint at step {spoilt} holds a diverged state", step=spoilt)
 
     def _stopped(self) -> Stop | None:
         """Whether the user wants the run to end, by a signal or by `cancel`."""

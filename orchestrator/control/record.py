@@ -23,8 +23,8 @@ UNBORN_SECONDS = 120.0
 _LOCAL_CONFIRM_SECONDS = 0.5
 _REMOTE_CONFIRM_SECONDS = 5.0
 
-Throughput = Callable[[float], dict[str, float]]
-"""From tokens a second to what metrics.jsonl says of it: tokens_per_second, and mfu where the peak is known."""
+Throughput = Callable[[float, int], dict[str, float]]
+"""From tokens a second, of so many ranks, to what metrics.jsonl says of them: with mfu where the peak is known."""
 Listener = Callable[[Event | dict[str, Any]], None]
 """Called with each event and with each line of metrics.jsonl."""
 
@@ -61,6 +61,10 @@ class RunRecord:
 
     def listen(self, listener: Listener) -> None:
         self._listeners.append(listener)
+
+    def take_layout(self, layout: Layout) -> None:
+        """The run goes on at another one."""
+        self._status |= {"layout": layout.as_dict(), "world": layout.world}
 
     def set_state(self, state: State, reason: str | None = None) -> None:
         self._status |= {"state": state, "reason": reason}
@@ -130,7 +134,7 @@ class RunRecord:
             "grad_norm": slowest.grad_norm,
             "tokens": slowest.tokens,
             "step_seconds": slowest.step_seconds,
-            **self._throughput(slowest.tokens / slowest.step_seconds),
+            **self._throughput(slowest.tokens / slowest.step_seconds, self._status["world"]),
             "learning_rate": slowest.learning_rate,
             "memory_bytes": max(each.memory_bytes for each in reports),
             "phase_seconds": slowest.phase_seconds,

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from jobs import compose
 from jobs.errors import CombinedInputError, InputError
-from jobs.spec import DEGREES, SIMPLEST, JobSpec
+from jobs.spec import JobSpec
 from models import huggingface_folder
 from orchestrator import manifests
-from orchestrator.control import cluster
+from orchestrator.control import cluster, replanning
 from orchestrator.control.controller import Controller
 from orchestrator.control.display import Display, bytes_text
 from orchestrator.control.injector import Injector
@@ -119,9 +119,7 @@ def resumed_job(run: RunFolder, overrides: Sequence[str]) -> JobSpec:
         raise CombinedInputError(refused)
     replanned = any(key.startswith(("layout", "cluster")) for key in keys)
     if replanned:
-        planned = [name for name in (*DEGREES, "micro_batch", *SIMPLEST) if getattr(saved.layout, name) != "nvme"]
-        free = saved.layout.model_copy(update=dict.fromkeys(planned))
-        saved = saved.model_copy(update={"layout": free})
+        saved = replanning.free(saved)
     job = compose.amend(saved, overrides)
     if replanned:
         job = planner.resolve(job, planner.plan_job(job).plans[0])
@@ -179,7 +177,7 @@ def resume(run: RunFolder, job: JobSpec, overrides: Sequence[str]) -> None:
 
 def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], display: Display) -> dict[str, Any]:
     layout = Layout.of(job.layout)
-    record = RunRecord(run, layout, where, throughput(job, layout))
+    record = RunRecord(run, layout, where, throughput(job))
     record.listen(display)
     if job.chaos:
         record.listen(Injector(record, job.chaos))
@@ -207,16 +205,16 @@ def describe_layout(job: JobSpec) -> str:
     return f"{layout.label} on {layout.world} {job.cluster.device} ranks, each {count} x {micro_batch} sequences a step"
 
 
-def throughput(job: JobSpec, layout: Layout) -> Throughput:
+def throughput(job: JobSpec) -> Throughput:
     """Tokens a second and, where the device's peak is known, model FLOPs utilisation of all ranks."""
     device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
     peak = device.peak_flops(job.train.precision)
     flops_per_token = job.model.flops_per_token(job.train.sequence_length)
 
-    def figures(tokens_per_second: float) -> dict[str, float]:
+    def figures(tokens_per_second: float, world: int) -> dict[str, float]:
         figures = {"tokens_per_second": tokens_per_second}
         if peak is not None:
-            figures["mfu"] = flops_per_token * tokens_per_second / (peak * layout.world)
+            figures["mfu"] = flops_per_token * tokens_per_second / (peak * world)
         return figures
 
     return figures

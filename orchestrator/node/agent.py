@@ -46,8 +46,11 @@ class NodeAgent:
         self._changed = threading.Condition()
         self._log_folder = self._run.local or Path(tempfile.mkdtemp(prefix="fivefold-logs-"))
 
-    def prepare(self) -> str:
-        """Wait until earlier ranks of this run are gone from this machine, then warm a zygote. Returns the name."""
+    def prepare(self) -> tuple[str, str]:
+        """Wait until earlier ranks of this run are gone from this machine, then warm a zygote.
+
+        Returns this node's name, and its id in Ray.
+        """
         lock = self._lock_machine(self._job.policy.grace_seconds + _KILL_SECONDS)
         ours, zygotes = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -79,7 +82,7 @@ class NodeAgent:
             threading.Thread(target=read, args=(source,), daemon=True).start()
         if self._run.local is None:
             threading.Thread(target=self._upload_logs, daemon=True).start()
-        return self._node
+        return self._node, _own_id()
 
     def open_store(self) -> tuple[str, int]:
         """A listening socket for the next attempt's rendezvous, so that its port is nobody else's. Rank 0 serves it."""
@@ -281,6 +284,12 @@ def _own_address() -> str:
     import ray
 
     return str(ray.util.get_node_ip_address())
+
+
+def _own_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _interface() -> str:

@@ -41,16 +41,20 @@ class Faults:
 
     def __init__(self, launch: RankLaunch, reporter: Reporter, pulse: Pulse) -> None:
         chosen = [(place, launch.job.injections[place]) for place in launch.injections]
-        ours = [each for each in chosen if each[1].rank == launch.rank and each[1].kind not in CONTROL_FAULTS]
-        self._waiting = dict(ours)
+        mine = [each for each in chosen if each[1].rank == launch.rank and each[1].kind not in CONTROL_FAULTS]
+        self._waiting = dict(mine)
+        self._rates = {fault.step: fault.factor for _, fault in chosen if fault.kind == "exploding_loss"}
         self._slow: list[Injection] = []
         self._device, self._reporter, self._pulse = launch.job.cluster.device, reporter, pulse
         self._step, self._computed, self._began = 0, 0.0, 0.0
         self._files = 0
         self._saving = self._skips = False
-        self._undelayed: dict[str, Callable[..., Any]] = {}
-        if any(fault.kind in SAVE_FAULTS for fault in self._waiting.values()):
+        self._delay = 0.0
+        kinds = {fault.kind for fault in self._waiting.values()}
+        if kinds & set(SAVE_FAULTS):
             sys.addaudithook(self._hear)
+        if "slow_network" in kinds:
+            self._delay_collectives()
 
     def enter(self, phase: Phase, step: int) -> None:
         """The rank begins a phase of a step."""
@@ -66,12 +70,16 @@ class Faults:
         self._drag(phase)
 
     def learning_rate(self, rate: float) -> float:
-        """With what this rank updates its part of the weights: a rate that ruins them, where that was asked for."""
+        """With what this rank updates its part of the weights: a rate that ruins them, where that was asked for.
+
+        A loss explodes by all weights, which is every rank's part; one that is no number, by any.
+        """
         for place, fault in self._due(self._step):
             if fault.kind in ("nan", "exploding_loss"):
                 self._tell(place, fault)
-                return float("nan") if fault.kind == "nan" else rate * fault.factor
-        return rate
+            if fault.kind == "nan":
+                return float("nan")
+        return rate * self._rates.get(self._step, 1.0)
 
     def skips_collective(self) -> bool:
         """Whether the rank is to leave out its part of this step's agreement, and go on."""
@@ -124,8 +132,7 @@ class Faults:
 
     def _drag(self, phase: Phase) -> None:
         """Be slow in this phase, by as much as was asked for."""
-        delay = sum(fault.seconds for fault in self._slow if fault.kind == "slow_network")
-        self._delay_collectives(delay)
+        self._delay = sum(fault.seconds for fault in self._slow if fault.kind == "slow_network")
         for fault in self._slow:
             if fault.kind == "slow_data" and phase == "data":
                 time.sleep(fault.seconds)
@@ -136,17 +143,19 @@ class Faults:
         if phase == "compute":
             self._began = time.monotonic()
 
-    def _delay_collectives(self, seconds: float) -> None:
+    def _delay_collectives(self) -> None:
         """Below whoever counts collectives, as a slow link is: they begin in time and last longer."""
         import torch.distributed as dist
 
-        if bool(seconds) == bool(self._undelayed):
-            return
-        for name, method in self._undelayed.items():
-            setattr(dist.ProcessGroup, name, method)
-        self._undelayed = {name: getattr(dist.ProcessGroup, name) for name in _COLLECTIVES} if seconds else {}
-        for name, method in self._undelayed.items():
-            setattr(dist.ProcessGroup, name, _delayed(method, seconds))
+        def delayed(method: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **named: Any) -> Any:
+                time.sleep(self._delay)
+                return method(*arguments, **named)
+
+            return call
+
+        for name in _COLLECTIVES:
+            setattr(dist.ProcessGroup, name, delayed(getattr(dist.ProcessGroup, name)))
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Audit hook: every file that this process opens or renames passes here first, whoever does it."""
@@ -170,14 +179,6 @@ class Faults:
                 raise OSError(errno.EIO, "injected: input/output error")
             case _:
                 time.sleep(fault.seconds)
-
-
-def _delayed(method: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-    def delayed(*arguments: Any, **named: Any) -> Any:
-        time.sleep(seconds)
-        return method(*arguments, **named)
-
-    return delayed
 
 
 def _exhaust_memory(device: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import resource
 import signal
 import time
@@ -172,7 +173,8 @@ class _Rank:
             self._enter("agree", step)
             stop = self._agreed_to_stop()
             every = job.checkpoint.interval
-            if every and (last or stop or step % every == 0):
+            sound = math.isfinite(result.loss) and math.isfinite(result.grad_norm)  # or nothing of it is to be kept
+            if every and sound and (last or stop or step % every == 0):
                 self._enter("checkpoint", step)
                 with self._faults.saving(step):
                     saved = checkpoints.save(engine, step, unsaved)

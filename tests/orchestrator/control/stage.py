@@ -38,6 +38,8 @@ class Script:
         self.calls: list[str] = []
         self.launched: list[list[RankLaunch]] = []
         self.grants, self.readiness = [True], [True]
+        self.others = 1
+        """Nodes that could be had, with those that the run has."""
 
     def poll(self, timeout_seconds: float) -> list[Report]:
         self.clock.offset += 1
@@ -52,6 +54,15 @@ class Script:
     def prepare(self, wait_seconds: float) -> bool:
         self.clock.offset += 1
         return self.readiness.pop(0) if len(self.readiness) > 1 else self.readiness[0]
+
+    def take(self, job: JobSpec) -> None:
+        self.calls.append(f"take {job.layout.dp} x {job.cluster.nodes}")
+
+    def leave_out(self, nodes: set[str]) -> None:
+        self.calls.append(f"leave out {', '.join(sorted(nodes))}")
+
+    def available(self) -> int:
+        return self.others
 
     def open_store(self) -> tuple[str, int]:
         return "127.0.0.1", 29500
@@ -87,7 +98,9 @@ class Stage:
         if not self.run.exists():
             self.run.write_json("job.json", spec.model_dump(mode="json"))
         self.machines = Script(clock, *turns)
-        self.record = RunRecord(self.run, Layout.of(spec.layout), "here", lambda rate: {"tokens_per_second": rate})
+        self.record = RunRecord(
+            self.run, Layout.of(spec.layout), "here", lambda rate, world: {"tokens_per_second": rate}
+        )
         self.controller = Controller(spec, self.record, self.machines)
 
     def play(self) -> Stop:

@@ -138,7 +138,7 @@ def test_two_damages_due_at_once_are_done_to_two_checkpoints(tmp_path: Path) -> 
         run = make_run(str(tmp_path / "run"), step=20)
         for step in (20, 30):
             make_checkpoint(run, step)
-        record = RunRecord(run, Layout(), "here", lambda rate: {})
+        record = RunRecord(run, Layout(), "here", lambda rate, world: {})
         faults = tuple(Injection(kind=kind, step=3) for kind in ("truncated", "deleted"))
         record.listen(Injector(record, faults))
         run.write_json("status.json", {"ranks": [{"pid": victim.pid}]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from orchestrator.control import record as record_module
 from orchestrator.control.controller import cancel
 from orchestrator.control.record import status_of
 from orchestrator.messages import Event, Report, Stop
+from orchestrator.run_folder import RunFolder
+from parallel.planning.planner import device_of, plan_job, price, resolve
 
 RANKS = range(4)
 
@@ -33,6 +36,10 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
         return Stage(str(tmp_path / "run-1"), clock, spec or job("train.steps=2"), *turns)
 
     return set_up
+
+
+def resolved(spec: JobSpec) -> JobSpec:
+    return resolve(spec, plan_job(spec).plans[0])
 
 
 def started(attempt: int = 1, start_step: int = 0) -> list[Report]:
@@ -175,7 +182,7 @@ def test_a_rank_that_dies_costs_an_attempt(stage: SetUp) -> None:
 def test_a_spent_budget_fails_the_run(stage: SetUp) -> None:
     spec = job("policy.max_restarts=1")
     play = stage([exited(0, -11)], [], [exited(1, -9, attempt=2)], [], spec=spec)
-    reason = "rank 1 was ended by signal 9 (2 failed attempts, policy.max_restarts=1)"
+    reason = "rank 1 was ended by signal 9 (2 failed attempts in 24 h, policy.max_restarts=1)"
     assert play.play() == Stop(state="failed", reason=reason)
     assert play.machines.calls[3:] == ["launch", "kill_ranks", "launch", "kill_ranks", "release"]
 
@@ -285,6 +292,94 @@ def test_a_checkpoint_of_another_model_ends_the_run_in_its_own_words(stage: SetU
     assert [event["kind"] for event in play.events].count("run_failed") == 1
 
 
+# What is decided, beyond a restart.
+
+
+def test_memory_that_ran_out_is_answered_by_a_layout_that_needs_less(stage: SetUp) -> None:
+    spec = resolved(job("train.steps=2"))
+    ran_out = Event(kind="rank_failed", message="OutOfMemoryError: CUDA out of memory", attempt=1, rank=3)
+    play = stage([ran_out], [], [], started(attempt=2) + trained(1, 2, attempt=2) + all_exited(attempt=2), spec=spec)
+    assert play.play().state == "done"
+    before, after = (launches[0].job for launches in play.machines.launched)
+    memory = [price(each, device_of(each)).memory.total for each in (before, after)]
+    assert memory[1] <= 0.9 * memory[0]
+    assert before.model_copy(update={"layout": after.layout}) == after
+    assert RunFolder(play.run.place).read_json("job.json") == after.model_dump(mode="json")
+    assert [event["data"]["layout"]["micro_batch"] for event in play.events if event["kind"] == "replanned"] == [
+        after.layout.micro_batch
+    ]
+
+
+def test_a_node_that_does_not_come_back_is_gone_on_without(stage: SetUp) -> None:
+    policy = ("policy.on_node_lost=replan", "policy.node_wait_seconds=5")
+    spec = resolved(job("cluster.nodes=2", "cluster.devices_per_node=2", "train.steps=2", *policy))
+    play = stage(started(), [node_lost()], [], spec=spec)
+    play.machines.nodes = ["host-0", "host-1"]
+
+    def lost() -> None:
+        play.machines.grants, play.machines.nodes = [*[False] * 8, True], ["host-1"]
+
+    two = [Event(kind="rank_started", message="", attempt=2, rank=rank, data={"pid": 7}) for rank in (0, 1)]
+    steps = [step_report(step, rank, 2) for step in (1, 2) for rank in (0, 1)]
+    play.machines.turns[2] = lost
+    play.machines.turns.append([*two, *started(attempt=2)[4:], *steps, exited(0, 0, 2), exited(1, 0, 2)])
+    assert play.play().state == "done"
+    (again,) = play.machines.launched[1:]
+    assert [(launch.rank, launch.local_rank) for launch in again] == [(0, 0), (1, 1)]
+    assert again[0].job.cluster.nodes == 1
+    assert again[0].job.train == spec.train
+    assert status_of(play.run)["world"] == 2
+    assert play.told("replanned")[0].endswith("1 of 2 nodes are left")
+
+
+def test_a_node_that_was_to_blame_twice_is_left_for_another_where_there_is_one(stage: SetUp) -> None:
+    def hung(attempt: int) -> Event:
+        data = {"seconds": 5.3}
+        return Event(kind="rank_hung", message="rank 1 hangs", attempt=attempt, rank=1, node="host-0", data=data)
+
+    for others, calls in ((1, 0), (2, 1)):
+        steps = [*trained(1, attempt=1), hung(1)], [*trained(2, attempt=2), hung(2)], trained(3, attempt=3)
+        spec = job("train.steps=3")
+        turns = [started(), steps[0], [], started(2), steps[1], [], started(3), [*steps[2], *all_exited(attempt=3)]]
+        play = stage(*turns, spec=spec)
+        play.machines.others = others
+        play.run.remove("events.jsonl")
+        play.run.remove("status.json")
+        play = Stage(f"{play.run.place}-{others}", play.machines.clock, spec, *turns)
+        play.machines.others = others
+        assert play.play().state == "done"
+        assert play.machines.calls.count("leave out host-0") == calls
+        assert play.machines.calls.count("request") == 1 + calls
+        assert len(play.told("node_quarantined")) == calls
+        assert len(play.told("suspect_node")) == 1 - calls
+
+
+def test_a_diverged_run_goes_back_behind_the_step_that_broke_it(stage: SetUp) -> None:
+    def ruined(step: int, attempt: int) -> list[Report]:
+        return [step_report(step, rank, attempt, loss=math.nan) for rank in RANKS]
+
+    again = [started(2, 1) + trained(2, attempt=2), ruined(3, 2), []]
+    play = stage(started(), trained(1, 2), ruined(3, 1), [], *again, spec=job("train.steps=4"))
+    for step in (1, 2):
+        make_checkpoint(play.run, step, job("train.steps=4"))
+    assert play.play().reason.startswith("the loss has diverged since step 3: nan nats at step 3 (the same at step 3 ")
+    assert [launches[0].checkpoint_steps for launches in play.machines.launched] == [(2, 1), (1,)]
+    assert play.told("checkpoint_removed") == ["checkpoint at step 2 holds a diverged state"]
+    assert play.told("attempt_failed")[0].startswith("step 3: the loss has diverged since step 3")
+
+
+def test_a_restart_that_got_nowhere_is_waited_for_and_can_be_cancelled(stage: SetUp) -> None:
+    play = stage()
+    thrice = [[exited(0, -9)], [], [exited(1, -9, 2)], [], [], [exited(2, -9, 3)], []]
+    play.machines.turns = [*thrice, lambda: cancel(play.run)]
+    assert play.play() == Stop(state="cancelled", reason="cancelled at step 0")
+    assert [text.partition(", in ")[0] for text in play.told("restarting")] == [
+        f"restart {number} of at most 3" for number in (1, 2, 3)
+    ]
+    assert ["in" in text for text in play.told("restarting")] == [False, True, True]
+    assert play.machines.calls.count("launch") == 3
+
+
 # Stopping.
 
 
@@ -331,6 +426,9 @@ def test_a_request_to_cancel_is_found_in_the_run_folder_and_taken_away(stage: Se
     assert play.told("stopping") == ["cancelled at step 0: writing a checkpoint, then leaving"]
 
 
-def test_ranks_that_were_asked_from_outside_interrupt_the_run(stage: SetUp) -> None:
-    play = stage(started(), trained(1), all_exited(75))
-    assert play.play() == Stop(state="interrupted", reason="the ranks were asked to stop from outside")
+def test_ranks_that_were_asked_from_outside_are_begun_again_for_nothing(stage: SetUp) -> None:
+    spec = job("train.steps=2", "policy.max_restarts=0")
+    again = [started(attempt=2, start_step=1), trained(2, attempt=2) + all_exited(attempt=2)]
+    play = stage(started(), trained(1), all_exited(75), [], *again, spec=spec)
+    assert play.play() == Stop(state="done", reason="trained 2 steps")
+    assert play.told("restarting") == ["restart 0 of at most 0"]

@@ -28,7 +28,7 @@ def new_record(place: str, spec: JobSpec | None = None) -> RunRecord:
     if not run.exists():
         run.write_json("job.json", {})
     layout = Layout.of(spec.layout)
-    return RunRecord(run, layout, "here", throughput(spec, layout))
+    return RunRecord(run, layout, "here", throughput(spec))
 
 
 @pytest.fixture

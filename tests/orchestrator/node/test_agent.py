@@ -37,6 +37,7 @@ def make_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(module, "_own_address", lambda: "127.0.0.1")  # as Ray says it is
+    monkeypatch.setattr(module, "_own_id", lambda: "its id")
     made: list[NodeAgent] = []
 
     def make(session: str = "one", place: str | None = None) -> NodeAgent:
@@ -65,7 +66,7 @@ def hear(agent: NodeAgent, *kinds: str) -> list[Any]:
 
 def test_what_ranks_say_and_how_they_end_comes_through_poll(make_agent: MakeAgent) -> None:
     agent = make_agent()
-    assert agent.prepare() == NODE
+    assert agent.prepare() == (NODE, "its id")
     agent.open_store()
     agent.launch(launch("wrong", 0))
     events = {event.kind: event for event in hear(agent, "rank_started", "at_work", "rank_exited")}

@@ -1,0 +1,42 @@
+"""Another layout for a run that cannot go on at its own: what is trained stays as it is, to the sample."""
+
+from __future__ import annotations
+
+from jobs.errors import InputError
+from jobs.spec import DEGREES, SIMPLEST, JobSpec
+from parallel.planning import planner
+
+_LESS = 0.9
+"""Of the memory that the layout which ran out of it was thought to need."""
+
+
+def needing_less_memory(job: JobSpec) -> JobSpec | None:
+    """The fastest that should need a tenth less memory a device than the job's own; None where there is none."""
+    ours = planner.price(job, planner.device_of(job)).memory.total
+    return next(
+        (planner.resolve(job, plan) for plan in _plans(free(job)) if plan.memory.total <= _LESS * ours),
+        None,
+    )
+
+
+def on_nodes(job: JobSpec, nodes: int) -> JobSpec | None:
+    """The fastest on so many nodes, or on fewer where the job runs on no layout of them; None where on none."""
+    for count in range(nodes, 0, -1):
+        cluster = job.cluster.model_copy(update={"nodes": count})
+        fewer = free(job.model_copy(update={"cluster": cluster}))
+        if plans := _plans(fewer):
+            return planner.resolve(fewer, plans[0])
+    return None
+
+
+def free(job: JobSpec) -> JobSpec:
+    """The job with all to be planned that a plan decides. What is on NVMe stays there: no plan offers that."""
+    planned = [name for name in (*DEGREES, "micro_batch", *SIMPLEST) if getattr(job.layout, name) != "nvme"]
+    return job.model_copy(update={"layout": job.layout.model_copy(update=dict.fromkeys(planned))})
+
+
+def _plans(job: JobSpec) -> tuple[planner.Plan, ...]:
+    try:
+        return planner.plan_job(job).plans
+    except InputError:  # nothing runs or fits
+        return ()
