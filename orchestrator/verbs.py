@@ -101,8 +101,7 @@ def exact(options: argparse.Namespace) -> Answer:
 def chaos(options: argparse.Namespace) -> Answer:
     from orchestrator.control import chaos, chaos_schedule
 
-    default = [name for name in chaos_schedule.NAMES if name not in chaos_schedule.UNDETECTED]
-    entries = chaos_schedule.chosen(options.kinds.split(",") if options.kinds else default)
+    entries = chaos_schedule.chosen(options.kinds.split(",") if options.kinds else chaos_schedule.NAMES)
     job, planning = _resolved(options, here=True)
     _check_here(job)
     schedule = chaos_schedule.draw(job, entries, options.faults or len(entries), options.seed)

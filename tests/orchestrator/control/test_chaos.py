@@ -14,7 +14,7 @@ from sample_runs import event_line, job, make_checkpoint, make_run, metrics_line
 from jobs.errors import InputError
 from jobs.injections import KINDS, Injection
 from orchestrator import manifests
-from orchestrator.control import chaos_schedule, session
+from orchestrator.control import session
 from orchestrator.control.chaos import scorecard
 from orchestrator.control.chaos_expectations import RULES, judge
 from orchestrator.control.chaos_schedule import CATALOGUE, chosen, draw
@@ -47,7 +47,6 @@ LINES = [metrics_line(step) for step in range(1, 7)]
 def test_every_kind_has_its_rule_and_can_be_drawn() -> None:
     assert set(RULES) == set(KINDS) == {entry.kind for entry in CATALOGUE}
     assert len(CATALOGUE) >= 24
-    assert set(chaos_schedule.UNDETECTED) < set(chaos_schedule.NAMES)
 
 
 def test_a_fault_that_is_found_named_and_answered() -> None:
@@ -80,13 +79,13 @@ def test_what_follows_another_fault_is_not_this_ones() -> None:
 
 def test_a_slow_rank_is_looked_for_beyond_the_next_fault() -> None:
     slow = Injection(kind="slow_data", rank=1, step=2)
-    events = [event("fault_injected", 9.0, rank=1, injection=1), *killed(), event("straggler", 12.0, rank=1)]
+    events = [event("fault_injected", 9.0, rank=1, injection=1), *killed(), event("rank_slow", 12.0, rank=1)]
     assert judge(1, slow, events[:-1], LINES, 4).found is None
-    assert judge(1, slow, events, LINES, 4).found == "straggler"
+    assert judge(1, slow, events, LINES, 4).found == "rank_slow"
 
 
 def test_a_schedule_is_its_seeds_and_fits_its_job() -> None:
-    spec = job("train.steps=200", "checkpoint.interval=10")
+    spec = job("train.steps=400", "checkpoint.interval=10")
     drawn = draw(spec, CATALOGUE, len(CATALOGUE), 5)
     assert drawn == draw(spec, CATALOGUE, len(CATALOGUE), 5) != draw(spec, CATALOGUE, len(CATALOGUE), 6)
     assert sorted(fault.kind for fault in drawn) == sorted(entry.kind for entry in CATALOGUE)
@@ -96,7 +95,7 @@ def test_a_schedule_is_its_seeds_and_fits_its_job() -> None:
 
 
 def test_schedules_that_cannot_be() -> None:
-    with pytest.raises(InputError, match=r"train.steps=20: has room for .* nearest valid: \d+") as caught:
+    with pytest.raises(InputError, match=r"train.steps=20: has no room for .* nearest valid: \d+") as caught:
         draw(job("train.steps=20", "checkpoint.interval=5"), CATALOGUE, 30, 1)
     assert len(draw(job(f"train.steps={caught.value.nearest}", "checkpoint.interval=5"), CATALOGUE, 30, 1)) == 30
     with pytest.raises(InputError, match=r"checkpoint\.interval=0"):
