@@ -52,7 +52,9 @@ def run(options: argparse.Namespace) -> Answer:
 
     job, planning = _resolved(options, here=True)
     _check_here(job)
-    return _train(session.create(job, planning, options.run_root, "here"), job, options)
+    run = session.create(job, planning, options.run_root, "here")
+    with session.taken(run):
+        return _train(run, job, options)
 
 
 def tune(options: argparse.Namespace) -> Answer:
@@ -146,10 +148,20 @@ def _submitted(run: RunFolder, submission: str, options: argparse.Namespace) -> 
 
 
 def resume(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import session
+
+    run = find_run(options.run_root, options.run)
+    status = session.check_resumable(run)
+    if status.get("where") == "cluster":  # Ray takes a submission once, and its job holds the run
+        return _resume(run, options)
+    with session.taken(run):
+        return _resume(run, options)
+
+
+def _resume(run: RunFolder, options: argparse.Namespace) -> Answer:
     from orchestrator import manifests
     from orchestrator.control import cluster, need, session
 
-    run = find_run(options.run_root, options.run)
     status = session.check_resumable(run)
     job = session.resumed_job(run, options.overrides)
     need.engines()
@@ -168,7 +180,9 @@ def resume(options: argparse.Namespace) -> Answer:
 def control(options: argparse.Namespace) -> Answer:
     from orchestrator.control import session
 
-    facts = session.run_as_job(find_run(options.run_root, options.run))
+    run = find_run(options.run_root, options.run)
+    with session.taken(run):
+        facts = session.run_as_job(run)
     return facts, _EXIT_CODE[facts["state"]]
 
 

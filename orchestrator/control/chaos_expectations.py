@@ -98,7 +98,7 @@ class Verdict:
 def judge(place: int, fault: Injection, events: Sequence[Record], lines: Sequence[Record], interval: int) -> Verdict:
     """What became of the fault at `place` of the schedule, by a run's events and metrics; `interval`: checkpoints'."""
     rule = RULES[fault.kind]
-    after = _since(place, events, until_the_next=rule.failures != () or rule.decisions != ("goes on",))
+    after = _since(place, events)
     if not after:
         return Verdict(fault.text, False, None, None, False, None, 0, False)
     injected, *after = after
@@ -107,19 +107,21 @@ def judge(place: int, fault: Injection, events: Sequence[Record], lines: Sequenc
     failed = next((event for event in after[:decided_at] if event["kind"] == "attempt_failed"), None)
     named = found is not None and _named(failed, rule, fault)
     lost = 0 if decision == "goes on" else _steps_lost(after, lines)
-    right = named and decision in rule.decisions and lost <= rule.intervals * interval
+    # Of a controller that is killed in a recovery, the fault that it recovers from costs what it does.
+    intervals = rule.intervals + (fault.kind == "controller_killed" and fault.moment != "checkpoint_written")
+    right = named and decision in rule.decisions and lost <= intervals * interval
     seconds = None if found is None else found["at"] - injected["at"]
     return Verdict(fault.text, True, None if found is None else found["kind"], seconds, named, decision, lost, right)
 
 
-def _since(place: int, events: Sequence[Record], *, until_the_next: bool) -> list[Record]:
-    """The fault's own event and those after it; of other faults nothing where each is over before the next."""
+def _since(place: int, events: Sequence[Record]) -> list[Record]:
+    """The fault's own event and those up to the next one's."""
     found: list[Record] = []
     for event in events:
         its = event["kind"] == "fault_injected"
         if its and event["data"]["injection"] == place:
             found = [event]
-        elif found and its and until_the_next:
+        elif found and its:
             break
         elif found:
             found.append(event)

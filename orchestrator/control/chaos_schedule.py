@@ -19,8 +19,8 @@ _SLOW_STEPS = WINDOW + 10
 """Of a slow rank: it has to be told of a rank that was slow for a while, and no other fault may begin an attempt."""
 _UNHEARD = 30
 """Steps that ranks may train after their controller was killed: who is stopped then is nobody's to find."""
-_DIVERGES_IN = 8
-"""Steps in which a loss that explodes is known to have."""
+_DIVERGES_IN: dict[FaultKind, int] = {"nan": 5, "exploding_loss": 10}
+"""Steps after which it is known that a loss has."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def _room(kind: FaultKind, every: int) -> int:
     """Steps until the next fault."""
     if kind in ("slow_compute", "slow_data", "slow_network"):
         return _SLOW_STEPS + 1
-    if kind == "exploding_loss":
-        return _DIVERGES_IN
+    if kind in _DIVERGES_IN:
+        return _DIVERGES_IN[kind]
     if kind == "controller_killed":
         return _UNHEARD
     return every + _GAP if kind in (*SAVE_FAULTS, *CONTROL_FAULTS) else _GAP

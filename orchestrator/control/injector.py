@@ -33,7 +33,7 @@ class Injector:
         event = told.kind if isinstance(told, Event) else "step"
         coming = self._record.step if event == "checkpoint_written" else self._record.step + 1
         for place, fault in list(self._waiting.items()):
-            if coming < fault.step:
+            if coming < fault.step and place not in self._broken:
                 continue
             if event == "step" and fault.moment != "checkpoint_written" and place not in self._broken:
                 self._broken.add(place)  # of a healthy run that moment would not come

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -62,9 +64,9 @@ def check_room(run: RunFolder, job: JobSpec) -> None:
     if run.local is None or not job.checkpoint.interval:
         return
     existing = next(place for place in (run.local, *run.local.parents) if place.exists())
-    free, needed = shutil.disk_usage(existing).free, 12 * job.model.parameters
-    if free < needed:
-        rule = f"has {bytes_text(free)} free, and a checkpoint of this job takes {bytes_text(needed)} at least"
+    disk, needed = shutil.disk_usage(existing), 12 * job.model.parameters
+    if disk.total and disk.free < needed:  # what has no size is no disk, and is refused as such
+        rule = f"has {bytes_text(disk.free)} free, and a checkpoint of this job takes {bytes_text(needed)} at least"
         raise InputError("run root", str(run.local.parent), rule, "free some room, or another --run-root")
 
 
@@ -92,6 +94,25 @@ def submit(run: RunFolder, job: JobSpec, client: Any) -> str:
         metadata={"fivefold_run": run.run_id, "fivefold_job": job.name},
     )
     return submission
+
+
+@contextlib.contextmanager
+def taken(run: RunFolder) -> Iterator[None]:
+    """Hold a run for as long as it is controlled from here; InputError where another process holds it.
+
+    By a lock of its events file, which the kernel frees when its holder ends, however it ends. Of a run in an object
+    store, status.json alone says who controls it.
+    """
+    if run.local is None:
+        yield
+        return
+    with open(run.path("events.jsonl"), "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            rule = "is controlled by another process at this moment"
+            raise InputError("run", run.run_id, rule, f"fivefold status {run.run_id}") from None
+        yield
 
 
 def check_resumable(run: RunFolder) -> dict[str, Any]:

@@ -105,6 +105,7 @@ class Zygote:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            sys.stdout, sys.stderr = _Log(sys.stdout), _Log(sys.stderr)
             status = self._run_rank(launch, self._report_fd, *descriptors)
         except BaseException:
             import traceback
@@ -143,6 +144,25 @@ class Zygote:
         while self._ranks:
             for key, _ in self._watched.select():
                 self._reap(int(key.fd))
+
+
+class _Log:
+    """A rank's output. Where a disk is full a line is lost, and not what is trained."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _send(control: socket.socket, message: dict[str, Any]) -> None:

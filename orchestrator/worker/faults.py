@@ -20,7 +20,7 @@ from orchestrator.worker.reporter import Reporter
 
 _HEARD_SECONDS = 0.2
 """For the word of a fault to leave this rank, where what carries it on goes too."""
-_FULL_DISK_BYTES = 1 << 16
+_FULL_DISK_BYTES = 1 << 12
 _MORE_MEMORY = 1 << 28
 _WRITING = os.O_WRONLY | os.O_RDWR
 _COLLECTIVES = (
