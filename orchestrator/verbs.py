@@ -201,10 +201,12 @@ def status(options: argparse.Namespace) -> Answer:
     from orchestrator.control.record import status_of
 
     run = find_run(options.run_root, options.run)
+    ledger = run.read_json("ledger.json") or {}
     status = status_of(run) | {
         "run_folder": run.place,
         "steps": run.read_json("job.json")["train"]["steps"],
-        "ledger": (run.read_json("ledger.json") or {}).get("totals", {}),
+        "ledger": ledger.get("totals", {}),
+        "overall": ledger.get("overall", {}),
     }
     if not options.json:
         tables.status(status)

@@ -263,7 +263,7 @@ class Controller:
             line = record.report(report)
             if line is None:
                 return None
-            record.ledger.step(line["step"], line["at"], line["phase_seconds"]["data"])
+            record.ledger.step(line["step"], line["at"], line["phase_seconds"]["data"], line["tokens"])
             self._compare_ranks(line["step"])
             return self._look_at_loss(line)
         record.event(report)

@@ -98,6 +98,8 @@ class Display:
             self._print(f"        {facts['validation_loss']:.4f} on text held out of training")
         seconds = "  ".join(f"{heading} {spent:.1f}" for heading, spent in facts["ledger"].items())
         self._print(f"seconds {seconds}  = {sum(facts['ledger'].values()):.1f}")
+        if facts["overall"]:
+            self._print(overall_text(facts["overall"]))
         self._print(f"folder  {facts['run_folder']}" + ("  (loss.png has the curve)" if facts["loss_plot"] else ""))
 
     def _step(self, line: dict[str, Any]) -> None:
@@ -131,6 +133,16 @@ def print_table(
         table.add_row(*row)
     width = None if Console(file=file).is_terminal else 160
     Console(file=file, highlight=False, soft_wrap=False, width=width).print(table)
+
+
+def overall_text(overall: dict[str, float]) -> str:
+    """Of a run's whole time, restarts and waits with it: `goodput 82.1%, 9,120 tokens/s, MFU 31.0%`."""
+    parts = [f"goodput {overall['goodput']:.1%}"]
+    if "tokens_per_second" in overall:
+        parts.append(f"{overall['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in overall:
+        parts.append(f"MFU {overall['mfu']:.1%}")
+    return f"{', '.join(parts)} over all its time"
 
 
 def bytes_text(size: float) -> str:

@@ -25,6 +25,8 @@ class Ledger:
         self._heading: Heading = "queue"
         self._mark: float | None = start
         self._highest_step = 0
+        self.tokens = 0
+        """Trained for the first time."""
 
     def switch(self, heading: Heading, at: float) -> None:
         """From `at` on, time belongs to `heading`. A step that a fault cuts short is lost, and so counts as rework."""
@@ -32,8 +34,9 @@ class Ledger:
         self._book("rework" if lost else self._heading, at)
         self._heading = heading
 
-    def step(self, step: int, at: float, stall_seconds: float) -> None:
+    def step(self, step: int, at: float, stall_seconds: float, tokens: int = 0) -> None:
         """`step` was completed at `at`: the time since the last mark is its stall, and productive or rework."""
+        self.tokens += tokens if step > self._highest_step else 0
         self._heading = "rework" if step <= self._highest_step else "productive"
         self.stall(at, stall_seconds)
         self._highest_step = max(step, self._highest_step)
@@ -63,6 +66,7 @@ class Ledger:
             "heading": self._heading,
             "mark": self._mark,
             "highest_step": self._highest_step,
+            "tokens": self.tokens,
         }
 
     @classmethod
@@ -73,7 +77,7 @@ class Ledger:
         """
         ledger = cls(at if saved["mark"] is None else saved["mark"])
         ledger._seconds.update(saved["seconds"])
-        ledger._highest_step = saved["highest_step"]
+        ledger._highest_step, ledger.tokens = saved["highest_step"], saved["tokens"]
         ledger._heading = "restart"
         ledger._book("restart", at)
         return ledger

@@ -1,10 +1,13 @@
-"""The picture of a run: its loss over steps, against what counting tokens alone would score."""
+"""Pictures of a run: its loss over steps, against what counting tokens alone would score; its ranks; its time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
+
+from orchestrator.control.ledger import HEADINGS, Heading
 
 _TRAINING, _VALIDATION, _QUIET = "#1f5a94", "#d1622b", "#6b7280"
 
@@ -82,4 +85,54 @@ def plot_ranks(lines: Sequence[dict[str, Any]], path: Path | IO[bytes]) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("rank")
     figure.colorbar(shown, ax=axes, label="slower than its peers, %")
+    figure.savefig(path, format="png")
+
+
+_OF_HEADING: dict[Heading, str] = {
+    "productive": "#1f5a94",
+    "rework": "#7ea6cf",
+    "stall": "#e3b23c",
+    "detect": "#d1622b",
+    "restart": "#8c2f39",
+    "queue": "#c9cdd3",
+}
+
+
+def plot_ledger(samples: Sequence[dict[str, Any]], path: Path | IO[bytes]) -> None:
+    """Write a PNG of where a run's time went: of each stretch between two samples, the share of every heading.
+
+    samples: of `ledger.jsonl`, two or more: totals in seconds by heading, as they were at some moments of the run.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    passed = [sum(sample[heading] for heading in HEADINGS) for sample in samples]
+    scale, unit = next(
+        (seconds, name)
+        for seconds, name in ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        if passed[-1] > 2 * seconds or seconds == 1
+    )
+    widths = [after - before for before, after in pairwise(passed)]
+    below = [0.0] * len(widths)
+    for heading in HEADINGS:
+        spent = [after[heading] - before[heading] for before, after in pairwise(samples)]
+        shares = [100 * one / width if width > 0 else 0.0 for one, width in zip(spent, widths, strict=True)]
+        total = samples[-1][heading] / passed[-1] if passed[-1] else 0.0
+        axes.bar(
+            [at / scale for at in passed[:-1]],
+            shares,
+            [width / scale for width in widths],
+            below,
+            align="edge",
+            color=_OF_HEADING[heading],
+            label=f"{heading} {total:.1%}",
+        )
+        below = [low + share for low, share in zip(below, shares, strict=True)]
+    axes.set_xlim(passed[0] / scale, passed[-1] / scale)
+    axes.set_ylim(0, 100)
+    axes.set_xlabel(f"{unit} that the run was active")
+    axes.set_ylabel("share of time, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, format="png")

@@ -22,6 +22,7 @@ ORPHANED_SECONDS = 15.0
 UNBORN_SECONDS = 120.0
 _LOCAL_CONFIRM_SECONDS = 0.5
 _REMOTE_CONFIRM_SECONDS = 5.0
+_SAMPLE_SECONDS = 15.0
 
 Throughput = Callable[[float, int], dict[str, float]]
 """From tokens a second, of so many ranks, to what metrics.jsonl says of them: with mfu where the peak is known."""
@@ -47,7 +48,7 @@ class RunRecord:
         self._waiting: dict[int, dict[int, StepReport]] = {}
         self.reports: dict[int, StepReport] = {}
         """Of the last step that all ranks reported, by rank."""
-        self._confirmed = 0.0
+        self._confirmed, self._sampled, self._sampled_state = 0.0, 0.0, None
         self._confirm_every = _REMOTE_CONFIRM_SECONDS if run.local is None else _LOCAL_CONFIRM_SECONDS
 
     @property
@@ -153,6 +154,8 @@ class RunRecord:
         with _keeps_going(self):
             self.run.write_json("status.json", self._status)
             self.run.write_json("ledger.json", self._ledger_record())
+            if self._status["state"] != self._sampled_state or time.monotonic() - self._sampled > _SAMPLE_SECONDS:
+                self._sample()
             self.run.flush(self._confirm_every)
 
     def end(self, state: State, reason: str) -> None:
@@ -164,7 +167,17 @@ class RunRecord:
 
     def _ledger_record(self) -> dict[str, Any]:
         totals = self.ledger.totals(time.time())
-        return {"wall_seconds": sum(totals.values()), "totals": totals, **self.ledger.as_dict()}
+        wall = sum(totals.values())
+        overall = {"goodput": totals["productive"] / wall if wall else 0.0}
+        if wall and self.ledger.tokens:
+            overall |= self._throughput(self.ledger.tokens / wall, self._status["world"])
+        return {"wall_seconds": wall, "totals": totals, "overall": overall, **self.ledger.as_dict()}
+
+    def _sample(self) -> None:
+        """What the plot of the ledger is drawn from: totals now and then, and whenever the run's state changes."""
+        self._sampled, self._sampled_state = time.monotonic(), self._status["state"]
+        line: dict[str, Any] = {"at": time.time(), "attempt": self.attempt}
+        self.run.append("ledger.jsonl", [line | self.ledger.totals(line["at"])])
 
 
 @contextlib.contextmanager

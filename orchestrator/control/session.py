@@ -24,7 +24,7 @@ from orchestrator.control import cluster, replanning
 from orchestrator.control.controller import Controller
 from orchestrator.control.display import Display, bytes_text
 from orchestrator.control.injector import Injector
-from orchestrator.control.plot import plot_loss, plot_ranks
+from orchestrator.control.plot import plot_ledger, plot_loss, plot_ranks
 from orchestrator.control.record import LIVE, RunRecord, State, Throughput, new_status, status_of
 from orchestrator.messages import Event, Stop
 from orchestrator.run_folder import RunFolder, is_url, new_run_id
@@ -251,6 +251,12 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
         picture = io.BytesIO()
         plot_loss(lines, picture, entropy, restarts)
         run.write("loss.png", picture.getvalue())
+    ledger = run.read_json("ledger.json") or {}
+    samples = list(run.read_lines("ledger.jsonl"))
+    if len(samples) > 1:
+        picture = io.BytesIO()
+        plot_ledger(samples, picture)
+        run.write("ledger.png", picture.getvalue())
     ranks = list(run.read_lines("ranks.jsonl"))
     if ranks:
         picture = io.BytesIO()
@@ -269,7 +275,8 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
             (line["validation_loss"] for line in reversed(lines) if "validation_loss" in line), None
         ),
         "unigram_entropy": entropy,
-        "ledger": (run.read_json("ledger.json") or {}).get("totals", {}),
+        "ledger": ledger.get("totals", {}),
+        "overall": ledger.get("overall", {}),
         "loss_plot": f"{run.place}/loss.png" if lines else None,
     }
 

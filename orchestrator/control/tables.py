@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.errors import InputError
-from orchestrator.control.display import bytes_text, print_table
+from orchestrator.control.display import bytes_text, overall_text, print_table
 from orchestrator.manifests import CheckpointManifest
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
@@ -38,6 +38,8 @@ def status(found: dict[str, Any]) -> None:
     print(f"attempt {found['attempt']}, step {found['step']} of {found['steps']}, layout {_label(found)}")
     spent = "  ".join(f"{heading} {seconds:.1f}" for heading, seconds in found["ledger"].items())
     print(f"seconds {spent}")
+    if found["overall"]:
+        print(overall_text(found["overall"]))
     print(f"folder  {found['run_folder']}")
     if found["ranks"]:
         print()

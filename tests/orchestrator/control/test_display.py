@@ -97,6 +97,7 @@ FACTS: dict[str, Any] = {
     "validation_loss": 2.3125,
     "unigram_entropy": 3.25,
     "ledger": {"productive": 20.0, "restart": 4.5},
+    "overall": {"goodput": 0.8163, "tokens_per_second": 9120.4, "mfu": 0.31},
     "run_folder": "/runs/quick-1",
     "loss_plot": "/runs/quick-1/loss.png",
 }
@@ -110,6 +111,7 @@ def test_the_summary(shown: io.StringIO) -> None:
         "loss    5.6000 -> 2.2500, under the text's unigram entropy of 3.2500 nats",
         "        2.3125 on text held out of training",
         "seconds productive 20.0  restart 4.5  = 24.5",
+        "goodput 81.6%, 9,120 tokens/s, MFU 31.0% over all its time",
         "folder  /runs/quick-1  (loss.png has the curve)",
     ]
 
@@ -121,6 +123,7 @@ def test_the_summary_of_a_run_that_never_trained(shown: io.StringIO) -> None:
         "",
         "failed: no devices within 3 s",
         "seconds productive 20.0  restart 4.5  = 24.5",
+        "goodput 81.6%, 9,120 tokens/s, MFU 31.0% over all its time",
         "folder  /runs/quick-1",
     ]
 

@@ -97,3 +97,13 @@ def test_headings_sum_to_the_time_the_run_was_active(
         assert set(totals) == set(HEADINGS)
         assert min(totals.values()) >= 0
         assert sum(totals.values()) == pytest.approx(active, abs=1e-4)
+
+
+def test_tokens_count_once_however_often_they_are_trained() -> None:
+    ledger = Ledger(start=0)
+    for step in (1, 2, 2, 3):
+        ledger.step(step, 2.0 * step, 0, tokens=100)
+    assert ledger.tokens == 300
+    again = Ledger.resumed(json.loads(json.dumps(ledger.as_dict())), at=10)
+    again.step(3, 11, 0, tokens=100)
+    assert again.tokens == 300

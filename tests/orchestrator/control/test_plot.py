@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from matplotlib.image import imread
 
 from orchestrator.control import plot
+from orchestrator.control.ledger import HEADINGS
 
 FIRST: list[dict[str, Any]] = [{"step": step, "attempt": 1, "loss": 5 - step / 20} for step in range(1, 41)]
 AGAIN: list[dict[str, Any]] = [{"step": step, "attempt": 2, "loss": 5.2 - step / 20} for step in range(31, 51)]
@@ -57,3 +59,13 @@ def test_a_slow_rank_is_red() -> None:
     rows = np.flatnonzero(red > 300)  # of a row of pixels, most
     assert len(rows)
     assert rows[0] > 0.4 * len(red)
+
+
+def test_time_is_drawn_by_its_headings() -> None:
+    none = dict.fromkeys(HEADINGS, 0.0)
+    samples = [none, none | {"queue": 50.0}, none | {"queue": 50.0, "productive": 100.0}]
+    drawn = io.BytesIO()
+    plot.plot_ledger(samples, drawn)
+    counted = {heading: pixels(drawn.getvalue(), colour) for heading, colour in plot._OF_HEADING.items()}
+    assert counted["productive"] / counted["queue"] == pytest.approx(2, rel=0.1)
+    assert counted["rework"] < 0.01 * counted["productive"]  # its name's patch alone

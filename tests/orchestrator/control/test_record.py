@@ -143,6 +143,10 @@ def test_the_state_of_a_run_from_its_start_to_its_end(tmp_path: Path) -> None:
     assert (last["kind"], last["message"], last["attempt"]) == ("run_cancelled", "cancelled at step 1", 1)
     ledger = record.run.read_json("ledger.json")
     assert sum(ledger["totals"].values()) == pytest.approx(ledger["wall_seconds"])
+    assert ledger["overall"]["goodput"] == pytest.approx(ledger["totals"]["productive"] / ledger["wall_seconds"])
+    sampled = list(record.run.read_lines("ledger.jsonl"))
+    assert len(sampled) == 5  # as often as its state changed
+    assert {key: sampled[-1][key] for key in ledger["totals"]} == pytest.approx(ledger["totals"], abs=0.1)
 
 
 def test_attempts_count_on_over_sessions(record: RunRecord) -> None:

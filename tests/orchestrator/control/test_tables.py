@@ -49,6 +49,7 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
         "steps": 100,
         "layout": Layout(tp=2, dp=2).as_dict(),
         "ledger": {"productive": 10.04, "queue": 0.5},
+        "overall": {"goodput": 0.9526, "tokens_per_second": 20.0},
         "run_folder": "/runs/quick-1",
         "ranks": [
             {"rank": 0, "pid": 4711, "node": "host-0", "state": "left", "step": 20},
@@ -60,6 +61,7 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
         "quick-1  failed: rank 1 was ended by SIGKILL",
         "attempt 2, step 20 of 100, layout tp2 dp2",
         "seconds productive 10.0  queue 0.5",
+        "goodput 95.3%, 20 tokens/s over all its time",
         "folder  /runs/quick-1",
         "",
         "rank   pid  node    state     step",
