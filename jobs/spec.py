@@ -162,6 +162,11 @@ class TrainSpec(Spec):
 
 class CheckpointSpec(Spec):
     interval: int = Field(ge=0, description="steps between checkpoints, and one after the last step; 0: none")
+    snapshot_interval: int = Field(
+        10,
+        ge=0,
+        description="steps between copies of the state in the node's memory, from which restarts begin; 0: none",
+    )
     keep: int = Field(3, ge=1, description="newest checkpoints kept")
     keep_every: int = Field(0, ge=0, description="checkpoints at multiples of so many steps are kept too; 0: none")
     keep_best: int = Field(0, ge=0, description="checkpoints of lowest validation loss that are kept too")

@@ -65,6 +65,7 @@ class Controller:
         self._failures = history(record.run.read_lines("events.jsonl"))
         self._divergence = Divergence()
         self._left_out: set[str] = set()
+        self._spoilt_from: int | None = None
         self._stop_wanted: Literal["cancelled", "interrupted"] | None = None
         self._kill_wanted = False
         self._looked_for_cancel = 0.0
@@ -247,6 +248,7 @@ class Controller:
                     store_port=port,
                     run_folder=record.run.place,
                     job=job,
+                    snapshots_before=self._spoilt_from,
                     checkpoint_steps=tuple(manifests.steps(record.run)),
                     injections=pending,
                 )
@@ -345,6 +347,7 @@ class Controller:
             if other and other.kind in ("input_error", "node_lost"):
                 failure = blamed(failure, other) or failure
         if failure.kind == "diverged":
+            self._spoilt_from = failure.step - 1
             self._forget_from(failure.step - 1)
         self._failures.append(failure)
         return after_failure(self._failures, self._job.policy)

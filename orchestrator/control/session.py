@@ -211,7 +211,10 @@ def _control(run: RunFolder, job: JobSpec, where: Literal["here", "cluster"], di
         signal.signal(number, interrupt)
     display.opening(run.place, job, describe_layout(job))
     try:
-        outcome = controller.run()
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # where Ray says what its daemon does, amid a document for programs
+            outcome = controller.run()
     finally:
         display.close()
     facts = summary(run, outcome)

@@ -42,6 +42,7 @@ class NodeAgent:
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._live: dict[int, int] = {}  # rank -> pid
         self._pulses: dict[int, Pulses] = {}
+        self._memories: dict[int, int] = {}  # rank -> descriptor of its snapshots, which outlive it
         self._watch, self._attempt, self._stalled = Watch(), 0, False
         self._changed = threading.Condition()
         self._log_folder = self._run.local or Path(tempfile.mkdtemp(prefix="fivefold-logs-"))
@@ -101,7 +102,11 @@ class NodeAgent:
                 self._watch.begin()
             page = new_page()
             self._pulses[launch.rank] = Pulses(page)
-            descriptors = [page, self._store.fileno()] if launch.rank == 0 else [page]
+            if launch.rank not in self._memories:
+                self._memories[launch.rank] = os.memfd_create("fivefold-snapshots")
+            descriptors = [page, self._memories[launch.rank]]
+            if launch.rank == 0:
+                descriptors.append(self._store.fileno())
             with self._changed:
                 self._live[launch.rank] = 0
             socket.send_fds(self._zygote, [json.dumps(message).encode()], descriptors)

@@ -24,8 +24,9 @@ from orchestrator.run_folder import import_filesystem
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
-_MOST_DESCRIPTORS = 2
-"""Sent with a fork: the rank's page (orchestrator/pulse.py) and, to rank 0, the store that it serves."""
+_MOST_DESCRIPTORS = 3
+"""Sent with a fork: the rank's page (orchestrator/pulse.py), the memory of its snapshots and, to rank 0, the store that
+it serves."""
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ _HEARD_SECONDS = 0.2
 """For the word of a fault to leave this rank, where what carries it on goes too."""
 _FULL_DISK_BYTES = 1 << 12
 _MORE_MEMORY = 1 << 28
+_OF_THE_UPDATE = ("nan", "exploding_loss")
 _WRITING = os.O_WRONLY | os.O_RDWR
 _COLLECTIVES = (
     "allreduce",
@@ -64,7 +65,7 @@ class Faults:
         self._step, self._skips = step, False
         self._slow = [fault for fault in self._slow if step < fault.step + fault.steps]
         for place, fault in self._due(step):
-            if fault.kind not in SAVE_FAULTS and fault.phase == phase:
+            if fault.kind not in (*SAVE_FAULTS, *_OF_THE_UPDATE) and fault.phase == phase:
                 self._tell(place, fault)
                 self._do(fault)
         self._drag(phase)
@@ -75,7 +76,7 @@ class Faults:
         A loss explodes by all weights, which is every rank's part; one that is no number, by any.
         """
         for place, fault in self._due(self._step):
-            if fault.kind in ("nan", "exploding_loss"):
+            if fault.kind in _OF_THE_UPDATE:
                 self._tell(place, fault)
             if fault.kind == "nan":
                 return float("nan")
@@ -91,6 +92,7 @@ class Faults:
         self._step, self._saving = step, True
         yield
         self._saving = False
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def _due(self, step: int) -> list[tuple[int, Injection]]:
         return [(place, fault) for place, fault in self._waiting.items() if fault.step == step]
@@ -173,7 +175,7 @@ class Faults:
         match fault.kind:
             case "save_killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            case "disk_full":  # from here on the kernel refuses to make a file larger
+            case "disk_full":  # until this checkpoint is over the kernel refuses to make a file larger
                 resource.setrlimit(resource.RLIMIT_FSIZE, (_FULL_DISK_BYTES, resource.RLIM_INFINITY))
             case "storage_error":
                 raise OSError(errno.EIO, "injected: input/output error")

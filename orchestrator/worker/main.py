@@ -25,7 +25,7 @@ def import_engine(engine: str, device: str) -> ModuleType:
     """Everything that takes seconds to import, before ranks are forked. Gives the engine's module."""
     import torch.distributed  # noqa: F401
 
-    from orchestrator.worker import checkpoint, collectives_seen, data, schedule  # noqa: F401
+    from orchestrator.worker import checkpoint, collectives_seen, data, schedule, snapshots  # noqa: F401
 
     if engine == "deepspeed":
         from orchestrator.worker.engines import deepspeed
@@ -40,12 +40,12 @@ def import_engine(engine: str, device: str) -> ModuleType:
     return megatron
 
 
-def run(launch: RankLaunch, report_fd: int, pulse_fd: int, store_fd: int | None = None) -> int:
+def run(launch: RankLaunch, report_fd: int, pulse_fd: int, memory_fd: int, store_fd: int | None = None) -> int:
     """Train from the newest good checkpoint to the last step. Returns the exit code."""
     stopping = StopRequest()
     reporter, pulse = Reporter(launch, report_fd), Pulse(pulse_fd)
     try:
-        return _Rank(launch, reporter, pulse, stopping, store_fd).train()
+        return _Rank(launch, reporter, pulse, stopping, memory_fd, store_fd).train()
     except InputError as error:
         reporter.event("input_error", str(error))
         traceback.print_exc()
@@ -77,7 +77,13 @@ class StopRequest:
 
 class _Rank:
     def __init__(
-        self, launch: RankLaunch, reporter: Reporter, pulse: Pulse, stopping: StopRequest, store_fd: int | None
+        self,
+        launch: RankLaunch,
+        reporter: Reporter,
+        pulse: Pulse,
+        stopping: StopRequest,
+        memory_fd: int,
+        store_fd: int | None,
     ) -> None:
         import torch
 
@@ -92,6 +98,7 @@ class _Rank:
             torch.cuda.set_device(self._device)
         else:
             self._device = torch.device("cpu")
+        self._memory_fd = memory_fd
         self._join(store_fd)
         self._seen = CollectivesSeen(pulse, self._layout, launch.rank)
         self._seen.install()
@@ -99,6 +106,7 @@ class _Rank:
     def train(self) -> int:
         from orchestrator.worker import data, schedule
         from orchestrator.worker.checkpoint import Checkpoints
+        from orchestrator.worker.snapshots import Snapshots
 
         job, layout, train = self._job, self._layout, self._job.train
         at = ", ".join(f"{axis} {index}" for axis, index in layout.coordinates(self._launch.rank).items())
@@ -110,7 +118,10 @@ class _Rank:
         self._pulse.enter("restore")
         text = data.open_data(job.data, train, job.model.vocab)
         checkpoints = Checkpoints(self._launch, layout, self._reporter)
-        start = checkpoints.restore(engine)
+        snapshots = Snapshots(self._launch, self._memory_fd, self._reporter)
+        engine.before_update = snapshots.finish
+        kept = snapshots.restore(engine, above=max(self._launch.checkpoint_steps, default=0))
+        start = checkpoints.restore(engine) if kept is None else kept
         if start == 0 and job.init_from is not None:
             self._read_weights(engine, job.init_from)
         if self._launch.rank == 0:
@@ -183,6 +194,9 @@ class _Rank:
             left = stop and not last
             if left:
                 break
+            if sound and not last:
+                snapshots.begin(engine, step)
+        snapshots.finish()
         self._pulse.enter("checkpoint")
         checkpoints.close()
         self._pulse.enter("end")

@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from models.weights import Shard, Source, drawn, fill, whole
 from orchestrator.files import FileEntry, Hook, unhindered
 from orchestrator.offload import check_nvme
 from orchestrator.worker.engines.protocol import KEPT, Batch, StateSource, StepResult
+from orchestrator.worker.engines.state_tensors import each_once, nothing, tensors_of
 from parallel.layout import Layout
 
 # isort: split
@@ -80,6 +81,7 @@ class DeepSpeedEngine:
 
     def __init__(self, job: JobSpec, layout: Layout, device: torch.device) -> None:
         self._job, self._train, self._layout, self._device = job, job.train, layout, device
+        self.before_update: Callable[[], None] = nothing
         self._reseed(0)
         self._mesh = Mesh(layout)
         self._decoder = self._build_decoder()
@@ -101,7 +103,7 @@ class DeepSpeedEngine:
                 mpu=None if self._pipeline else self._mesh,
                 dist_init_required=False,
             )
-        self._state = State(self._engine, optimizer)
+        self._adam, self._state = optimizer, State(self._engine, optimizer)
         self.set_weights(drawn(job.model, self._train.seed))
 
     def train_step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
@@ -145,6 +147,17 @@ class DeepSpeedEngine:
             for kept in KEPT:
                 self._state.write(held.parameter, kept, source(kept, held.block))
         fill(self._biases(), partial(source, "weight"))
+
+    def state(self) -> list[Tensor] | None:
+        options = self._job.layout.options
+        # ZeRO-3 gathers and drops parameters as they are used, and what is on NVMe is not here.
+        if options["zero_stage"] == 3 or options["offload_optimizer"] == "nvme":
+            return None
+        held = [tensor.data for tensor in (*self._decoder.parameters(), *self._decoder.buffers())]
+        return each_once([*held, *tensors_of(self._adam)])
+
+    def restored(self, step: int) -> None:
+        """Adam's count of steps is among its tensors."""
 
     def save(self, folder: Path, before: Hook = unhindered) -> list[FileEntry]:
         return save(self._state, self._held(), self._biases(), folder, before)
@@ -311,6 +324,7 @@ class DeepSpeedEngine:
         return float(norm)
 
     def _take_step(self) -> None:
+        self.before_update()
         self._engine._exec_optimizer_step() if self._pipeline else self._engine.step()
 
     def _gradient_norm(self) -> Tensor:

@@ -24,6 +24,7 @@ from orchestrator.worker.engines.cuda_stand_in import install, part_gradients_fr
 from orchestrator.worker.engines.megatron_batches import LocalBatch, local_batch
 from orchestrator.worker.engines.megatron_checkpoint import count_padding, load_sharded, save_sharded
 from orchestrator.worker.engines.protocol import KEPT, Batch, Kept, StateSource, StepResult
+from orchestrator.worker.engines.state_tensors import each_once, nothing, tensors_of
 from parallel.layout import Layout
 
 # isort: split
@@ -84,6 +85,7 @@ class MegatronEngine:
 
     def __init__(self, job: JobSpec, layout: Layout, device: torch.device) -> None:
         self._job, self._train, self._layout, self._device = job, job.train, layout, device
+        self.before_update: Callable[[], None] = nothing
         self._reseed(0)
         config = transformer_config(job, layout)
         self._last_stage = parallel_state.is_pipeline_last_stage()
@@ -127,6 +129,7 @@ class MegatronEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
             group["weight_decay"] = self._train.weight_decay * group["wd_mult"]
+        self.before_update()
         _, grad_norm, _ = self._optimizer.step()
         # One broadcast from the last rank, which is on the last stage: equal everywhere to the last bit.
         figures = torch.stack((loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=self._device)))
@@ -168,6 +171,18 @@ class MegatronEngine:
                 tensors = optimizer._get_main_param_and_optimizer_states(parameter)
                 return tensors["param" if kept == "weight" else kept].view(parameter.shape)
         raise ValueError("a parameter that no optimizer steps")
+
+    def state(self) -> list[torch.Tensor]:
+        held = [tensor.data for model in self._models for tensor in (*model.parameters(), *model.buffers())]
+        for optimizer in self._optimizer.chained_optimizers:
+            held += tensors_of(optimizer.optimizer)
+        return each_once(held)
+
+    def restored(self, step: int) -> None:
+        for optimizer in self._optimizer.chained_optimizers:
+            for group in optimizer.optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = step
 
     def save(self, folder: Path, before: Hook = unhindered) -> list[FileEntry]:
         return save_sharded(self._models, self._optimizer, folder, before)

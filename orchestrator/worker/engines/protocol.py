@@ -55,6 +55,9 @@ class Engine(Protocol):
     parameters: int
     """Parameters of the whole model, over all ranks."""
 
+    before_update: Callable[[], None]
+    """Called in `train_step` when gradients are there and before any state changes; nothing unless it is set."""
+
     def train_step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
         """Forward and backward over this rank's micro-batches, clip, and one optimizer step.
 
@@ -75,6 +78,15 @@ class Engine(Protocol):
 
     def adopt(self, source: StateSource, steps: int) -> None:
         """Go on from the state that any engine had after `steps`. Of one rank alone, which holds everything."""
+
+    def state(self) -> Sequence[Tensor] | None:
+        """All that a step changes on this rank, by reference, in an order that follows from the job and the layout.
+
+        None where an engine does not have it all in memory, or not as tensors that stay.
+        """
+
+    def restored(self, step: int) -> None:
+        """What `state` gave has been overwritten, by what it was after `step`."""
 
     def save(self, folder: Path, before: Hook = unhindered) -> list[FileEntry]:
         """Write weights and optimizer state, resharding-ready, under `folder` (on a disk that all ranks share).
