@@ -5,7 +5,7 @@ SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow exact exact-random fuzz-checkpoints lint validate-planner bench-planner chaos bench-faults wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-random fuzz-checkpoints lint validate-planner bench-planner chaos bench-faults bench-snapshot wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
@@ -46,6 +46,10 @@ chaos: $(VENV)/.ready
 bench-faults: $(VENV)/.ready
 	@$(PIP) 'ray[train]'
 	$(BIN)/python tests/faults/bench.py --json docs/benchmarks/faults.json
+
+# How long training waits for a copy of 512 MB of state, beside torch's asynchronous checkpoints.
+bench-snapshot: $(VENV)/.ready
+	PYTHONPATH=. $(BIN)/python tests/faults/snapshot.py --json docs/benchmarks/snapshot.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

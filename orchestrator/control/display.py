@@ -71,7 +71,8 @@ class Display:
             start = told.data["start_step"]
             if self._progress is not None and self._task is not None:
                 self._progress.reset(self._task, completed=start)
-            begins = f"the checkpoint of step {start}" if start else told.data["init_from"] or "random weights"
+            kept = "snapshot in memory" if told.data["from_memory"] else "checkpoint"
+            begins = f"the {kept} of step {start}" if start else told.data["init_from"] or "random weights"
             self._print(f"        {told.data['parameters'] / 1e6:,.2f} M parameters, from {begins}")
         elif told.kind in _TOLD:
             self._header_due |= told.kind == "attempt_failed"

@@ -129,6 +129,7 @@ class _Rank:
                 "training_started",
                 f"training from step {start + 1} of {train.steps}",
                 start_step=start,
+                from_memory=kept is not None,
                 init_from=job.init_from,
                 parameters=engine.parameters,
                 unigram_entropy=text.unigram_entropy,

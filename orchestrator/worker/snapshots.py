@@ -51,9 +51,10 @@ class Snapshots:
         self._launch, self._descriptor, self._reporter = launch, memory_fd, reporter
         self._owner = _owner(launch)
         self._memory: mmap.mmap | None = None
-        self._capacity = 0
-        self._copying: threading.Thread | None = None
+        self._capacity, self._is_new = 0, False
+        self._thread: threading.Thread | None = None
         self._copied = threading.Event()
+        self._copied.set()
         self.stall_seconds = 0.0
         """That training waited for copies, since it was last set to 0."""
 
@@ -86,6 +87,8 @@ class Snapshots:
         if not self._interval or step % self._interval:
             return
         began = time.monotonic()
+        if self._thread is not None:
+            self._thread.join()  # until its header is written, what is oldest is not known
         state = engine.state()
         if state is None or not self._makes_room(state):
             self._interval = 0
@@ -98,19 +101,15 @@ class Snapshots:
         if state[0].is_cuda:
             stream, event = torch.cuda.Stream(), torch.cuda.Event()
             stream.wait_stream(torch.cuda.current_stream())
-        self._copying = threading.Thread(
-            target=self._copy, args=(state, views, place, step, stream, event), daemon=True
-        )
-        self._copying.start()
+        given = (state, views, place, step, stream, event)
+        self._thread = threading.Thread(target=self._copy, args=given, daemon=True)
+        self._thread.start()
         self.stall_seconds += time.monotonic() - began
 
     def finish(self) -> None:
         """Wait until what `begin` copies is copied: after this the state may change."""
-        if self._copying is None:
-            return
         began = time.monotonic()
         self._copied.wait()
-        self._copying = None
         self.stall_seconds += time.monotonic() - began
 
     @torch.no_grad()
@@ -123,15 +122,21 @@ class Snapshots:
         stream: torch.cuda.Stream | None,
         event: torch.cuda.Event | None,
     ) -> None:
-        with torch.cuda.stream(stream):  # nothing where there is none
-            for tensor, view in zip(state, views, strict=True):
-                view.copy_(tensor, non_blocking=stream is not None)
-            if stream is not None and event is not None:
-                event.record(stream)
-                event.synchronize()
-        self._copied.set()
+        try:
+            with torch.cuda.stream(stream):  # nothing where there is none
+                for tensor, view in zip(state, views, strict=True):
+                    view.copy_(tensor, non_blocking=stream is not None)
+                if stream is not None and event is not None:
+                    event.record(stream)
+                    event.synchronize()
+        finally:  # whatever happened to the copy, training is not to wait for it
+            self._copied.set()
         length = sum(_room(tensor) for tensor in state)
         self._write_header(place, step, length, self._checksum(place, length))
+        if self._is_new:  # a page's first touch takes longer than a copy: the other place's are made now
+            self._is_new = False
+            other = _PAGE + (_PLACES - 1 - place) * self._capacity
+            torch.frombuffer(self._memory, dtype=torch.uint8, count=length, offset=other).zero_()
 
     def _makes_room(self, state: Sequence[torch.Tensor]) -> bool:
         length = sum(_room(tensor) for tensor in state)
@@ -148,6 +153,7 @@ class Snapshots:
         os.ftruncate(self._descriptor, 0)  # what another layout left
         os.ftruncate(self._descriptor, _PAGE + _PLACES * _to_page(length))
         self._open()
+        self._is_new = True
         for place in range(_PLACES):
             self._write_header(place, -1, 0, 0)
         if state[0].is_cuda:

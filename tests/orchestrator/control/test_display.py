@@ -21,8 +21,9 @@ def shown() -> io.StringIO:
     return io.StringIO()
 
 
-def training_started(start_step: int = 0, init_from: str | None = None) -> Event:
+def training_started(start_step: int = 0, init_from: str | None = None, from_memory: bool = False) -> Event:
     data = {"start_step": start_step, "init_from": init_from, "parameters": 1_234_567, "unigram_entropy": 3.2}
+    data["from_memory"] = from_memory
     return Event(kind="training_started", message="", data=data)
 
 
@@ -54,6 +55,11 @@ def test_steps_are_aligned_under_their_header(shown: io.StringIO) -> None:
 def test_weights_that_were_read_are_told_of(shown: io.StringIO) -> None:
     Display(shown)(training_started(init_from="/weights/mixtral"))
     assert shown.getvalue() == "        1.23 M parameters, from /weights/mixtral\n"
+
+
+def test_a_state_that_was_kept_in_memory_is_told_of(shown: io.StringIO) -> None:
+    Display(shown)(training_started(start_step=30, from_memory=True))
+    assert shown.getvalue() == "        1.23 M parameters, from the snapshot in memory of step 30\n"
 
 
 def test_a_recovery_is_told_as_it_happens_and_the_header_repeated(shown: io.StringIO) -> None:

@@ -56,7 +56,9 @@ class Agent:
         log = self.logs / f"attempt-{attempt}" / f"rank-{rank}.log"
         message = {"kind": "fork", "launch": launch.model_dump(mode="json"), "log": str(log)}
         page = new_page()
-        socket.send_fds(self.control, [json.dumps(message).encode()], [page, *descriptors])
+        socket.send_fds(
+            self.control, [json.dumps(message).encode()], [page, os.memfd_create("snapshots"), *descriptors]
+        )
         os.close(page)
 
     def fork(self, launch_of: str, rank: int, attempt: int = 1) -> None:

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from sample_runs import step_report
 
 
-def run_rank(launch: RankLaunch, report_fd: int, pulse_fd: int, store_fd: int | None = None) -> int:
+def run_rank(launch: RankLaunch, report_fd: int, pulse_fd: int, memory_fd: int, store_fd: int | None = None) -> int:
     reports = socket.socket(fileno=report_fd)
 
     def tell(kind: str) -> None:

@@ -66,7 +66,7 @@ def train(rank: int, job: JobSpec, run_folder: str, steps: tuple[int, ...]) -> t
             checkpoint_steps=steps,
         )
         store = os.dup(listener.fileno()) if rank == 0 else None
-        code = worker.run(launch, theirs.detach(), new_page(), store)
+        code = worker.run(launch, theirs.detach(), new_page(), os.memfd_create("snapshots"), store)
     ours.settimeout(0.1)
     return code, [json.loads(packet) for packet in _packets(ours)]
 

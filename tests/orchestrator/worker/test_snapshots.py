@@ -1,0 +1,152 @@
+"""State in memory, taken up by ranks that were not there when it was written."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_jobs import small_job, small_model
+
+from jobs.spec import JobSpec
+from orchestrator.messages import Event, RankLaunch, parse_report
+from orchestrator.worker import snapshots
+from orchestrator.worker.exactness.batches import global_batch, micro_batches
+from orchestrator.worker.main import import_engine
+from orchestrator.worker.ranks import Ranks
+from orchestrator.worker.reporter import Reporter
+from orchestrator.worker.schedule import learning_rate
+from orchestrator.worker.snapshots import Snapshots
+from parallel.layout import Layout
+
+STEPS = 5
+JOBS: dict[str, dict[str, Any]] = {
+    "megatron": {"layout": {"tp": 2, "dp": 2, "ep": 2}},
+    "megatron in bf16": {"layout": {"dp": 2}, "precision": "bf16"},
+    "deepspeed": {"layout": {"dp": 2, "ep": 2, "zero_stage": 2}, "engine": "deepspeed"},
+    "deepspeed in bf16": {"layout": {"dp": 2, "zero_stage": 1}, "engine": "deepspeed", "precision": "bf16"},
+}
+
+
+def job(name: str, every: int = 2) -> JobSpec:
+    spec = small_job(small_model("deepseek"), steps=STEPS, **JOBS[name])
+    return spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"snapshot_interval": every})})
+
+
+@dataclass(frozen=True)
+class Train:
+    """To the last step, from the newest snapshot that all ranks hold; a file of `folder` stands for a rank's memory."""
+
+    job: JobSpec
+    folder: Path
+    before: int | None = None
+
+    def __call__(self, rank: int) -> tuple[dict[int, tuple[float, float]], list[Event]]:
+        spec, layout = self.job, Layout.of(self.job.layout)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        launch = RankLaunch(
+            run_id="run-1",
+            attempt=1,
+            rank=rank,
+            local_rank=rank,
+            store_address="",
+            store_port=1,
+            run_folder=str(self.folder),
+            job=spec,
+            checkpoint_steps=(),
+            snapshots_before=self.before,
+        )
+        memory = os.open(self.folder / str(rank), os.O_RDWR | os.O_CREAT)
+        engine = import_engine(spec.engine, "cpu").build(spec, layout, torch.device("cpu"))
+        kept = Snapshots(launch, memory, Reporter(launch, theirs.detach()))
+        engine.before_update = kept.finish
+        curve = {}
+        for step in range((kept.restore(engine, 0) or 0) + 1, STEPS + 1):
+            batches = micro_batches(global_batch(spec, step), layout.coordinates(rank)["dp"], layout.dp, 2)
+            result = engine.train_step(step, learning_rate(spec.train, step), batches)
+            curve[step] = (result.loss, result.grad_norm)
+            kept.begin(engine, step)
+        if kept._thread is not None:
+            kept._thread.join()
+        ours.setblocking(False)
+        told = []
+        while True:
+            try:
+                told.append(parse_report(ours.recv(1 << 20)))
+            except BlockingIOError:
+                return curve, [report for report in told if isinstance(report, Event)]
+
+
+def train(ranks: Ranks, folder: Path, what: JobSpec, before: int | None = None) -> tuple[Any, list[Event]]:
+    found = ranks.run(Layout.of(what.layout).world, _call, Train(what, folder, before))
+    assert all(curve == found[0][0] for curve, _ in found)
+    return found[0][0], [event for _, told in found for event in told]
+
+
+def _call(rank: int, what: Train) -> Any:
+    return what(rank)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_ranks_that_take_up_a_snapshot_train_on_to_the_same_bits(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    whole, told = train(ranks, tmp_path, job(name))
+    assert (set(whole), told) == ({1, 2, 3, 4, 5}, [])
+    again, told = train(ranks, tmp_path, job(name, every=0))
+    assert [event.kind for event in told] == ["snapshot_restored"]
+    assert again == {5: whole[5]}
+    if name != "megatron":
+        return
+    # One rank's is damaged: all begin from the last that each holds whole, and the damage is told.
+    content = bytearray((tmp_path / "1").read_bytes())
+    steps = [snapshots._HEADER.unpack_from(content, place * snapshots._HEADER.size)[0] for place in (0, 1)]
+    assert sorted(steps) == [2, 4]
+    room = (len(content) - snapshots._PAGE) // 2
+    content[snapshots._PAGE + steps.index(4) * room + 77] ^= 1
+    (tmp_path / "1").write_bytes(content)
+    again, told = train(ranks, tmp_path, job(name, every=0))
+    assert {event.kind: (event.rank, event.data["step"]) for event in told} == {
+        "snapshot_damaged": (1, 4),
+        "snapshot_restored": (0, 2),
+    }
+    assert again == {step: whole[step] for step in (3, 4, 5)}
+    # Of a step that broke the weights, and of another layout, nothing is used.
+    assert set(train(ranks, tmp_path, job(name, every=0), before=2)[0]) == set(whole)
+    other = small_job(small_model("deepseek"), {"tp": 2, "dp": 2, "ep": 1}, steps=STEPS)
+    assert set(train(ranks, tmp_path, other)[0]) == set(whole)
+
+
+def test_state_that_finds_no_room_is_not_kept_and_training_goes_on(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curve, told = train(ranks, tmp_path, job("megatron in bf16"))
+    assert (len(curve), told) == (STEPS, [])
+    assert (tmp_path / "0").stat().st_size > 0
+    launch = RankLaunch(
+        run_id="run-1",
+        attempt=1,
+        rank=0,
+        local_rank=0,
+        store_address="",
+        store_port=1,
+        run_folder=str(tmp_path),
+        job=job("megatron in bf16"),
+        checkpoint_steps=(),
+    )
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memory = os.open(tmp_path / "none", os.O_RDWR | os.O_CREAT)
+    monkeypatch.setattr(snapshots, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(snapshots.dist, "get_world_size", lambda: 2)
+    kept = Snapshots(launch, memory, Reporter(launch, theirs.detach()))
+
+    class Engine:
+        def state(self) -> list[torch.Tensor]:
+            return [torch.zeros(1000)]
+
+    kept.begin(Engine(), 2)  # type: ignore[arg-type]
+    report = parse_report(ours.recv(1 << 20))
+    assert isinstance(report, Event)
+    assert (report.kind, os.fstat(memory).st_size) == ("snapshots_off", 0)
