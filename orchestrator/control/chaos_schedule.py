@@ -109,7 +109,8 @@ def _room(kind: FaultKind, every: int) -> int:
         return _DIVERGES_IN[kind]
     if kind == "controller_killed":
         return _UNHEARD
-    return every + _GAP if kind in (*SAVE_FAULTS, *CONTROL_FAULTS) else _GAP
+    # What a checkpoint lacks is made good by the one after it.
+    return 2 * every + _GAP if kind in (*SAVE_FAULTS, *CONTROL_FAULTS) else _GAP
 
 
 def _phase(kind: FaultKind, dice: random.Random) -> Any:

@@ -20,7 +20,7 @@ ONCE = [entry.name for entry in CATALOGUE if entry.name not in ("slow_compute_1.
 @pytest.mark.timeout(660)
 def test_every_kind_of_fault_in_one_run(fivefold: Fivefold) -> None:
     chosen = ("--kinds", ",".join(ONCE), "--seed", "1", "policy.grace_seconds=20")
-    answer = fivefold("chaos", TINY, "train.steps=330", *chosen, seconds=600)
+    answer = fivefold("chaos", TINY, "train.steps=360", *chosen, seconds=600)
     card, events = answer.document, kinds(RunFolder(answer.document["run_folder"]))
     print(answer.told[answer.told.rfind(" fault ") :])
     assert {entry.kind for entry in CATALOGUE if entry.name in ONCE} == set(KINDS)
