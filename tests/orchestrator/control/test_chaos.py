@@ -78,7 +78,7 @@ def test_what_follows_another_fault_is_not_this_ones() -> None:
 
 
 def test_a_schedule_is_its_seeds_and_fits_its_job() -> None:
-    spec = job("train.steps=400", "checkpoint.interval=10")
+    spec = job("train.steps=700", "checkpoint.interval=10")
     drawn = draw(spec, CATALOGUE, len(CATALOGUE), 5)
     assert drawn == draw(spec, CATALOGUE, len(CATALOGUE), 5) != draw(spec, CATALOGUE, len(CATALOGUE), 6)
     assert sorted(fault.kind for fault in drawn) == sorted(entry.kind for entry in CATALOGUE)
