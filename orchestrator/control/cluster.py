@@ -8,6 +8,7 @@ import re
 import secrets
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,10 @@ from orchestrator.run_folder import RunFolder
 
 _CONNECT_SECONDS = 3.0
 _POLL_WAIT_SECONDS = 1.0
+_SILENT_SECONDS = 10.0
+"""Without an answer to a poll that an agent should have answered: it is stopped, or its machine is gone."""
+_OBEY_SECONDS = 60.0
+"""For an agent to do what it is asked; ending ranks may take half of that."""
 
 
 class Cluster:
@@ -30,6 +35,8 @@ class Cluster:
         self._group: Any = None
         self._agents: list[Any] = []
         self._polls: dict[Any, int] = {}
+        self._asked: dict[int, float] = {}  # by agent: when its outstanding poll was sent
+        self._silent: set[int] = set()
         self._preparing: list[Any] = []
         self._node_ids: dict[str, str] = {}
         self._left_out: list[str] = []
@@ -153,6 +160,7 @@ class Cluster:
         for index, agent in enumerate(self._agents):
             if index not in waited_for:
                 self._polls[agent.poll.remote(_POLL_WAIT_SECONDS)] = index
+                self._asked[index] = time.monotonic()
         done, _ = ray.wait(list(self._polls), num_returns=1, timeout=timeout_seconds)
         if done:
             done, _ = ray.wait(list(self._polls), num_returns=len(self._polls), timeout=0)
@@ -164,6 +172,12 @@ class Cluster:
             except RayError as error:
                 text = f"the agent of {node} is gone: {str(error).splitlines()[0]}"
                 found.append(Event(kind="node_lost", message=text, node=node))
+        for index in set(self._polls.values()) - self._silent:
+            silent = time.monotonic() - self._asked[index] - _POLL_WAIT_SECONDS
+            if silent > _SILENT_SECONDS:
+                self._silent.add(index)
+                text = f"the agent of {self.nodes[index]} has not answered for {silent:.1f} s"
+                found.append(Event(kind="node_lost", message=text, node=self.nodes[index]))
         return found
 
     def ask_to_stop(self) -> None:
@@ -185,17 +199,18 @@ class Cluster:
             ray.kill(agent)
         if self._group is not None:
             remove_placement_group(self._group)
-        self._group, self._agents, self._polls = None, [], {}
+        self._group, self._agents, self._polls, self._silent = None, [], {}, set()
 
     def _all(self, method: str) -> list[Any]:
-        """Call every agent; those that are gone are `poll`'s to tell."""
+        """Call every agent that answers; those that are gone are `poll`'s to tell."""
         import ray
         from ray.exceptions import RayError
 
+        asked = [agent for index, agent in enumerate(self._agents) if index not in self._silent]
         answers = []
-        for future in [getattr(agent, method).remote() for agent in self._agents]:
+        for future in [getattr(agent, method).remote() for agent in asked]:
             with contextlib.suppress(RayError):
-                answers.append(ray.get(future))
+                answers.append(ray.get(future, timeout=_OBEY_SECONDS))
         return answers
 
 

@@ -30,6 +30,8 @@ from parallel.layout import Layout
 
 _POLL_SECONDS = 0.25
 _BLAME_SECONDS = 0.05
+_HUNG_BLAME_SECONDS = 2.0
+"""Agents look twice a second, and write stacks before they tell."""
 _CANCEL_LOCAL_SECONDS = 0.25
 _CANCEL_REMOTE_SECONDS = 5.0
 CANCEL_REQUEST = "requests/cancel"
@@ -319,7 +321,10 @@ class Controller:
             how = failed_how(event.message)
             return Failure(how, f"rank {event.rank} failed: {event.message}", step, at, node)
         if event.kind == "rank_hung":
-            return Failure("rank_hung", event.message, step, at, node)
+            # Of a node whose ranks all wait, another node's rank is to blame, and its agent tells that too.
+            return Failure(
+                "rank_waits" if event.data["kind"] == "waiting" else "rank_hung", event.message, step, at, node
+            )
         if event.kind in ("node_lost", "zygote_lost"):
             return Failure("node_lost", event.message, step, at, node)
         if event.kind == "rank_exited" and event.data["code"] not in (0, LEFT_ON_REQUEST):
@@ -332,8 +337,8 @@ class Controller:
         record, now = self._record, time.time()
         record.ledger.switch("detect", now)
         exited: dict[int, int] = {}
-        deadline = time.monotonic() + _BLAME_SECONDS
-        while failure.kind in ("rank_failed", "rank_exited") and time.monotonic() < deadline:
+        deadline = time.monotonic() + (_HUNG_BLAME_SECONDS if failure.kind == "rank_waits" else _BLAME_SECONDS)
+        while failure.kind in ("rank_waits", "rank_failed", "rank_exited") and time.monotonic() < deadline:
             for report in self._machines.poll(_BLAME_SECONDS):
                 failure = blamed(failure, self._observe(report, exited)) or failure
         text = f"step {failure.step}: {failure.reason}"

@@ -17,6 +17,7 @@ Kind = Literal[
     "diverged",
     "out_of_memory",
     "rank_hung",
+    "rank_waits",
     "rank_died",
     "rank_failed",
     "rank_exited",

@@ -334,7 +334,7 @@ def test_a_node_that_does_not_come_back_is_gone_on_without(stage: SetUp) -> None
 
 def test_a_node_that_was_to_blame_twice_is_left_for_another_where_there_is_one(stage: SetUp) -> None:
     def hung(attempt: int) -> Event:
-        data = {"seconds": 5.3}
+        data = {"seconds": 5.3, "kind": "stopped"}
         return Event(kind="rank_hung", message="rank 1 hangs", attempt=attempt, rank=1, node="host-0", data=data)
 
     for others, calls in ((1, 0), (2, 1)):
@@ -352,6 +352,18 @@ def test_a_node_that_was_to_blame_twice_is_left_for_another_where_there_is_one(s
         assert play.machines.calls.count("request") == 1 + calls
         assert len(play.told("node_quarantined")) == calls
         assert len(play.told("suspect_node")) == 1 - calls
+
+
+def test_where_a_whole_node_waits_another_nodes_rank_is_to_blame(stage: SetUp) -> None:
+    def hung(rank: int, node: str, kind: str) -> Event:
+        data = {"seconds": 5.3, "kind": kind}
+        return Event(kind="rank_hung", message=f"rank {rank} {kind}", attempt=1, rank=rank, node=node, data=data)
+
+    spec = job("policy.max_restarts=0")
+    play = stage(started(), [hung(0, "host-0", "waiting")], [], [hung(2, "host-1", "stopped")], [], spec=spec)
+    assert play.play().reason.startswith("rank 2 stopped")
+    (failed,) = [event for event in play.events if event["kind"] == "attempt_failed"]
+    assert (failed["data"]["failure"], failed["data"]["node"]) == ("rank_hung", "host-1")
 
 
 def test_a_diverged_run_goes_back_behind_the_step_that_broke_it(stage: SetUp) -> None:
