@@ -41,6 +41,7 @@ class Cluster:
         self._node_ids: dict[str, str] = {}
         self._left_out: list[str] = []
         self.nodes: list[str] = []
+        self.checks: dict[str, dict[str, Any]] = {}
 
     def connect(self) -> None:
         """Start Ray on this machine, or join the cluster that this process is a job of; a second run finds it there.
@@ -132,8 +133,9 @@ class Cluster:
         done, waiting = ray.wait(self._preparing, num_returns=len(self._preparing), timeout=wait_seconds)
         names = ray.get(done)
         if not waiting:
-            self._node_ids |= {str(name): str(node) for name, node in names}
-            self.nodes = [str(name) for name, _ in names]
+            self._node_ids |= {name: node for name, node, _ in names}
+            self.nodes = [name for name, _, _ in names]
+            self.checks = {name: found for name, _, found in names}
         return not waiting
 
     def open_store(self) -> tuple[str, int]:

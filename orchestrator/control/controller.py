@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from jobs import corpus
 from jobs.errors import InputError
 from jobs.spec import JobSpec
 from orchestrator import manifests
-from orchestrator.control import replanning
+from orchestrator.control import preflight, replanning
 from orchestrator.control.divergence import Divergence
+from orchestrator.control.machines import Machines
 from orchestrator.control.policies import Failure, after_failure, blamed, failed_how, history, suspects
 from orchestrator.control.record import RunRecord
 from orchestrator.messages import (
@@ -35,27 +36,6 @@ _HUNG_BLAME_SECONDS = 2.0
 _CANCEL_LOCAL_SECONDS = 0.25
 _CANCEL_REMOTE_SECONDS = 5.0
 CANCEL_REQUEST = "requests/cancel"
-
-
-class Machines(Protocol):
-    """What the controller asks of a cluster; control/cluster.py gives it on Ray."""
-
-    nodes: list[str]
-
-    def connect(self) -> None: ...
-    def take(self, job: JobSpec) -> None: ...
-    def leave_out(self, nodes: set[str]) -> None: ...
-    def available(self) -> int: ...
-    def request(self) -> None: ...
-    def granted(self, wait_seconds: float) -> bool: ...
-    def start_agents(self) -> None: ...
-    def prepare(self, wait_seconds: float) -> bool: ...
-    def open_store(self) -> tuple[str, int]: ...
-    def launch(self, launches: list[RankLaunch]) -> None: ...
-    def poll(self, timeout_seconds: float) -> list[Report]: ...
-    def ask_to_stop(self) -> None: ...
-    def kill_ranks(self) -> None: ...
-    def release(self) -> None: ...
 
 
 class Controller:
@@ -184,6 +164,16 @@ class Controller:
             if stop := self._stopped():
                 return stop
         self._tell("nodes_ready", f"{', '.join(self._machines.nodes)} ready in {time.monotonic() - began:.1f} s")
+        for node, found in self._machines.checks.items():
+            self._record.event(
+                Event(kind="preflight", message=f"{node}: {preflight.text(found)}", node=node, data=found)
+            )
+        wrong = preflight.suspects(self._machines.checks, time.time())
+        for node, what in wrong.items():
+            self._record.event(Event(kind="node_suspect", message=f"{node}: {what}", node=node))
+        if self._quarantine(set(wrong)):
+            self._machines.release()
+            return self._acquire(patience_seconds)
         return self._catch_up()
 
     def _catch_up(self) -> Stop | None:

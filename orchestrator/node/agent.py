@@ -47,10 +47,10 @@ class NodeAgent:
         self._changed = threading.Condition()
         self._log_folder = self._run.local or Path(tempfile.mkdtemp(prefix="fivefold-logs-"))
 
-    def prepare(self) -> tuple[str, str]:
+    def prepare(self) -> tuple[str, str, dict[str, Any]]:
         """Wait until earlier ranks of this run are gone from this machine, then warm a zygote.
 
-        Returns this node's name, and its id in Ray.
+        Returns this node's name, its id in Ray, and what it can do (worker/preflight.py).
         """
         lock = self._lock_machine(self._job.policy.grace_seconds + _KILL_SECONDS)
         ours, zygotes = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -78,12 +78,21 @@ class NodeAgent:
         ready = self._zygote.recv(PACKET_BYTES)
         if not ready:
             raise RuntimeError(f"the zygote on {self._node} died while it imported the engine; see Ray's worker log")
+        found = self._check()
         threading.Thread(target=self._keep_watch, daemon=True).start()
         for read, source in ((self._read_zygote, ours), (self._read_ranks, reading)):
             threading.Thread(target=read, args=(source,), daemon=True).start()
         if self._run.local is None:
             threading.Thread(target=self._upload_logs, daemon=True).start()
-        return self._node, _own_id()
+        return self._node, _own_id(), found
+
+    def _check(self) -> dict[str, Any]:
+        self._zygote.send(json.dumps({"kind": "preflight", "folder": str(self._log_folder)}).encode())
+        answer = self._zygote.recv(PACKET_BYTES)
+        found: dict[str, Any] | None = json.loads(answer)["found"] if answer else None
+        if found is None:
+            raise RuntimeError(f"{self._node} fails at a matrix product, a copy or a file; see Ray's worker log")
+        return found
 
     def open_store(self) -> tuple[str, int]:
         """A listening socket for the next attempt's rendezvous, so that its port is nobody else's. Rank 0 serves it."""

@@ -16,6 +16,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,15 @@ def main() -> None:
     worker.import_engine(engine, device)
     import_filesystem(run_place)
     _send(control, {"kind": "ready", "pid": os.getpid(), "import_seconds": time.monotonic() - began})
-    Zygote(control, report_fd, grace, worker.run).serve()
+    Zygote(control, report_fd, grace, worker.run, partial(worker.measure, device)).serve()
 
 
 class Zygote:
-    def __init__(self, control: socket.socket, report_fd: int, grace: float, run_rank: Any) -> None:
-        self._control, self._report_fd, self._grace, self._run_rank = control, report_fd, grace, run_rank
+    def __init__(
+        self, control: socket.socket, report_fd: int, grace: float, run_rank: Any, measure: Callable[[Path], Any]
+    ) -> None:
+        self._control, self._report_fd, self._grace = control, report_fd, grace
+        self._run_rank, self._measure = run_rank, measure
         self._watched = selectors.DefaultSelector()
         self._watched.register(control, selectors.EVENT_READ)
         self._ranks: dict[int, tuple[RankLaunch, int]] = {}  # pidfd -> (launch, pid)
@@ -76,6 +81,8 @@ class Zygote:
         message = json.loads(packet)
         if message["kind"] == "fork":
             self._fork(RankLaunch.model_validate(message["launch"]), message["log"], descriptors)
+        elif message["kind"] == "preflight":
+            self._check(message["folder"])
         else:
             self._signal(message["signal"])
         return True
@@ -91,6 +98,19 @@ class Zygote:
         self._ranks[watch] = (launch, pid)
         self._watched.register(watch, selectors.EVENT_READ)
         _send(self._control, {"kind": "forked", "rank": launch.rank, "pid": pid, "attempt": launch.attempt})
+
+    def _check(self, folder: str) -> None:
+        """Measure this machine in a process of its own, while there are no ranks: a zygote computes nothing itself."""
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                found = self._measure(Path(folder))
+                status = 0 if self._control.send(json.dumps({"kind": "preflight", "found": found}).encode()) else 1
+            finally:
+                os._exit(status)
+        if os.waitpid(pid, 0)[1]:
+            _send(self._control, {"kind": "preflight", "found": None})
 
     def _become_rank(self, launch: RankLaunch, log: str, descriptors: list[int]) -> None:
         """In the child. Never returns: a rank must not run the zygote's code."""

@@ -8,8 +8,9 @@ import resource
 import signal
 import time
 import traceback
+from pathlib import Path
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.errors import InputError
 from orchestrator.messages import LEFT_ON_REQUEST, RankLaunch, StepReport
@@ -25,7 +26,7 @@ def import_engine(engine: str, device: str) -> ModuleType:
     """Everything that takes seconds to import, before ranks are forked. Gives the engine's module."""
     import torch.distributed  # noqa: F401
 
-    from orchestrator.worker import checkpoint, collectives_seen, data, schedule, snapshots  # noqa: F401
+    from orchestrator.worker import checkpoint, collectives_seen, data, preflight, schedule, snapshots  # noqa: F401
 
     if engine == "deepspeed":
         from orchestrator.worker.engines import deepspeed
@@ -38,6 +39,13 @@ def import_engine(engine: str, device: str) -> ModuleType:
     from orchestrator.worker.engines import megatron
 
     return megatron
+
+
+def measure(device: str, folder: Path) -> dict[str, Any]:
+    """What this node can do at this moment."""
+    from orchestrator.worker import preflight
+
+    return preflight.measure(device, folder)
 
 
 def run(launch: RankLaunch, report_fd: int, pulse_fd: int, memory_fd: int, store_fd: int | None = None) -> int:

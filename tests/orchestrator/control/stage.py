@@ -35,6 +35,7 @@ class Script:
     def __init__(self, clock: Clock, *turns: Turn) -> None:
         self.clock, self.turns = clock, list(turns)
         self.nodes = ["host-0"]
+        self.checks: dict[str, dict[str, Any]] = {}
         self.calls: list[str] = []
         self.launched: list[list[RankLaunch]] = []
         self.grants, self.readiness = [True], [True]

@@ -366,6 +366,20 @@ def test_where_a_whole_node_waits_another_nodes_rank_is_to_blame(stage: SetUp) -
     assert (failed["data"]["failure"], failed["data"]["node"]) == ("rank_hung", "host-1")
 
 
+def test_a_node_that_is_slow_before_the_run_is_left_for_another(stage: SetUp) -> None:
+    sound = {"gflops": 50.0, "copied_gb_s": 9.0, "free_memory": 1.0, "written_mb_s": 400.0, "at": 0.0}
+    spec = job("cluster.nodes=3", "cluster.devices_per_node=4", "train.steps=2")
+    play = stage(started() + trained(1, 2) + all_exited(), spec=spec)
+    play.machines.nodes, play.machines.others = ["a", "b", "c"], 4
+    play.machines.checks = {"a": sound, "b": sound | {"gflops": 20.0}, "c": sound}
+    assert play.play().state == "done"
+    assert play.told("node_suspect")[0] == "b: it computes at 40% of its peers' rate"
+    assert play.machines.calls[:7] == [
+        *("connect", "request", "start_agents", "leave out b", "release"),
+        *("request", "start_agents"),
+    ]
+
+
 def test_a_diverged_run_goes_back_behind_the_step_that_broke_it(stage: SetUp) -> None:
     def ruined(step: int, attempt: int) -> list[Report]:
         return [step_report(step, rank, attempt, loss=math.nan) for rank in RANKS]

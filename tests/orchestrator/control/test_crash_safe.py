@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sample_runs import event_line, job, step_report
@@ -33,7 +34,7 @@ class Rehearsed:
 
     def __init__(self, run: RunFolder, story: str) -> None:
         self._run, self._story, self._told = run, story, list[list[Report]]()
-        self.nodes = ["host-0"]
+        self.nodes, self.checks = ["host-0"], dict[str, dict[str, Any]]()
 
     @property
     def launched(self) -> list[int]:

@@ -66,7 +66,7 @@ def hear(agent: NodeAgent, *kinds: str) -> list[Any]:
 
 def test_what_ranks_say_and_how_they_end_comes_through_poll(make_agent: MakeAgent) -> None:
     agent = make_agent()
-    assert agent.prepare() == (NODE, "its id")
+    assert agent.prepare() == (NODE, "its id", {"gflops": 1.0})
     agent.open_store()
     agent.launch(launch("wrong", 0))
     events = {event.kind: event for event in hear(agent, "rank_started", "at_work", "rank_exited")}

@@ -49,4 +49,5 @@ def run_rank(launch: RankLaunch, report_fd: int, pulse_fd: int, memory_fd: int, 
 
 if __name__ == "__main__":
     worker.import_engine, worker.run = lambda engine, device: None, run_rank
+    worker.measure = lambda device, folder: {"gflops": 1.0}
     zygote.main()
