@@ -131,7 +131,7 @@ def _parser() -> tuple[_Parser, list[str]]:
         "chaos", verbs.chaos, "train here with injected faults, and judge what follows each", "job", "overrides"
     )
     chaos.add_argument("--seed", type=int, default=0, metavar="N", help="of the schedule (default: 0)")
-    chaos.add_argument("--kinds", metavar="A,B", help="of faults, by name (default: all that are looked for)")
+    chaos.add_argument("--kinds", metavar="A,B", help="of faults, by name (default: all)")
     chaos.add_argument("--faults", type=_count, metavar="N", help="to inject (default: one of each kind)")
     verb("exact", verbs.exact, "hold the job's layout, on a small model here, against one device", "job", "overrides")
     verb("run", verbs.run, "train here, in the foreground", "job", "overrides")

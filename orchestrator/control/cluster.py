@@ -172,15 +172,21 @@ class Cluster:
             try:
                 found += ray.get(future)
             except RayError as error:
-                text = f"the agent of {node} is gone: {str(error).splitlines()[0]}"
+                text = f"the agent of {node} is gone, {self._ranks(node)}: {str(error).splitlines()[0]}"
                 found.append(Event(kind="node_lost", message=text, node=node))
         for index in set(self._polls.values()) - self._silent:
             silent = time.monotonic() - self._asked[index] - _POLL_WAIT_SECONDS
             if silent > _SILENT_SECONDS:
                 self._silent.add(index)
-                text = f"the agent of {self.nodes[index]} has not answered for {silent:.1f} s"
-                found.append(Event(kind="node_lost", message=text, node=self.nodes[index]))
+                node = self.nodes[index]
+                text = f"the agent of {node}, {self._ranks(node)}, has not answered for {silent:.1f} s"
+                found.append(Event(kind="node_lost", message=text, node=node))
         return found
+
+    def _ranks(self, node: str) -> str:
+        per_node = self._job.cluster.devices_per_node
+        first = self.nodes.index(node) * per_node
+        return f"with ranks {first} to {first + per_node - 1}" if per_node > 1 else f"with rank {first}"
 
     def ask_to_stop(self) -> None:
         self._all("ask_to_stop")

@@ -31,8 +31,6 @@ from parallel.layout import Layout
 
 _POLL_SECONDS = 0.25
 _BLAME_SECONDS = 0.05
-_HUNG_BLAME_SECONDS = 2.0
-"""Agents look twice a second, and write stacks before they tell."""
 _CANCEL_LOCAL_SECONDS = 0.25
 _CANCEL_REMOTE_SECONDS = 5.0
 CANCEL_REQUEST = "requests/cancel"
@@ -46,6 +44,8 @@ class Controller:
         self._layout = Layout.of(job.layout)
         self._failures = history(record.run.read_lines("events.jsonl"))
         self._divergence = Divergence()
+        for line in record.run.read_lines("metrics.jsonl"):  # what was usual before this controller's time
+            self._divergence.add(line["step"], line["loss"], line["grad_norm"])
         self._left_out: set[str] = set()
         self._spoilt_from: int | None = None
         self._stop_wanted: Literal["cancelled", "interrupted"] | None = None
@@ -55,6 +55,8 @@ class Controller:
 
         self._stragglers, self._slow = Stragglers(self._layout), set[tuple[int, str]]()
         self._slow_node: str | None = None
+        self._waiting: set[str | None] = set()
+        """Nodes all of whose ranks wait for others, since the last step."""
 
     def interrupt(self) -> None:
         """Checkpoint and leave; asked twice: leave at once. Safe to call from a signal handler."""
@@ -225,6 +227,7 @@ class Controller:
         ranks = range(self._layout.world)
         self._stragglers.begin()
         self._slow.clear()
+        self._waiting.clear()
         record.begin_attempt({rank: self._machines.nodes[rank // per_node] for rank in ranks})
         address, port = self._machines.open_store()
         spent = injected(record.run)
@@ -257,6 +260,7 @@ class Controller:
             line = record.report(report)
             if line is None:
                 return None
+            self._waiting.clear()
             record.ledger.step(line["step"], line["at"], line["phase_seconds"]["data"], line["tokens"])
             self._compare_ranks(line["step"])
             return self._look_at_loss(line)
@@ -311,9 +315,12 @@ class Controller:
             how = failed_how(event.message)
             return Failure(how, f"rank {event.rank} failed: {event.message}", step, at, node)
         if event.kind == "rank_hung":
-            # Of a node whose ranks all wait, another node's rank is to blame, and its agent tells that too.
-            return Failure(
-                "rank_waits" if event.data["kind"] == "waiting" else "rank_hung", event.message, step, at, node
+            if event.data["kind"] != "waiting":
+                return Failure("rank_hung", event.message, step, at, node)
+            # Where all ranks of a node wait, one of another node is to blame, whose agent tells that when it is sure.
+            self._waiting |= {node}
+            return (
+                Failure("rank_waits", event.message, step, at) if self._waiting >= set(self._machines.nodes) else None
             )
         if event.kind in ("node_lost", "zygote_lost"):
             return Failure("node_lost", event.message, step, at, node)
@@ -327,8 +334,8 @@ class Controller:
         record, now = self._record, time.time()
         record.ledger.switch("detect", now)
         exited: dict[int, int] = {}
-        deadline = time.monotonic() + (_HUNG_BLAME_SECONDS if failure.kind == "rank_waits" else _BLAME_SECONDS)
-        while failure.kind in ("rank_waits", "rank_failed", "rank_exited") and time.monotonic() < deadline:
+        deadline = time.monotonic() + _BLAME_SECONDS
+        while failure.kind in ("rank_failed", "rank_exited") and time.monotonic() < deadline:
             for report in self._machines.poll(_BLAME_SECONDS):
                 failure = blamed(failure, self._observe(report, exited)) or failure
         text = f"step {failure.step}: {failure.reason}"

@@ -182,9 +182,9 @@ class NodeAgent:
             beats = {rank: page.read() for rank, page in pages.items() if page is not None}
             readings = {rank: Reading(beat, _is_stopped(pids[rank])) for rank, beat in beats.items() if beat}
             stall = None if asleep else self._watch.look(now, readings)
-            if stall is None or self._stalled:
+            told, self._stalled = self._stalled, stall is not None
+            if stall is None or told:
                 continue
-            self._stalled = True
             folder = self._log_folder / f"logs/attempt-{self._attempt}"
             write_stacks({rank: pid for rank, pid in pids.items() if pid}, folder)
             data = {"kind": stall.kind, **asdict(stall.beat), "seconds": stall.seconds, "limit_seconds": stall.limit}

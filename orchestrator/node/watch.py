@@ -22,6 +22,8 @@ of its node, for a rank of another."""
 _FACTOR = 5.0
 _FLOOR: dict[Phase, float] = {"data": 5.0, "compute": 5.0, "agree": 5.0}
 _STOPPED = 5.0
+_MOST_PHASES = 30
+"""Of one step: who has left more is going in circles."""
 _LONG_FLOOR = 30.0
 """Of phases that stores and evaluations stretch."""
 _FIRST: dict[Phase, float] = {"start": 600.0, "build": 900.0, "restore": 3600.0, "checkpoint": 3600.0}
@@ -70,12 +72,15 @@ class Watch:
     def __init__(self) -> None:
         self._usual: dict[Phase, list[float]] = {}
         """Seconds that phases took, ascending; a thousand or so of each."""
+        self._visited: dict[int, tuple[int, int]] = {}
+        """By rank: its step, and how many phases it has left in it."""
         self._stopped: dict[int, float] = {}
         """Ranks that a signal has stopped, by when that was seen first."""
 
     def begin(self) -> None:
         """With an attempt, whose ranks are others."""
         self._stopped.clear()
+        self._visited.clear()
 
     def limit(self, phase: Phase) -> float:
         """Seconds beyond which a phase is too long."""
@@ -86,8 +91,8 @@ class Watch:
 
     def look(self, now: float, readings: Mapping[int, Reading]) -> Stall | None:
         """Learn from what is over; tell who is to blame where something takes too long. `now` is monotonic, seconds."""
-        for reading in readings.values():
-            self._learn(reading.beat)
+        for rank, reading in readings.items():
+            self._learn(rank, reading.beat)
         if stall := self._find_stopped(now, readings):
             return stall
         late = {
@@ -98,7 +103,10 @@ class Watch:
         worst = max(late, key=lambda rank: late[rank], default=None)
         if worst is None or late[worst] <= 1:
             return None
-        rank, kind = _blamed(readings, worst)
+        blamed = self._blamed(readings, worst, late)
+        if blamed is None:
+            return None
+        rank, kind = blamed
         since, phase = readings[worst].beat.since, readings[worst].beat.phase
         return Stall(rank, kind, readings[rank].beat, now - since, self.limit(phase))
 
@@ -110,31 +118,37 @@ class Watch:
                 return Stall(rank, "stopped", readings[rank].beat, now - since, _STOPPED)
         return None
 
-    def _learn(self, beat: Beat) -> None:
+    def _blamed(
+        self, readings: Mapping[int, Reading], worst: int, late: Mapping[int, float]
+    ) -> tuple[int, Kind] | None:
+        """Who it is that `worst` waits for. None where that one is at something that may take longer."""
+        for rank, reading in readings.items():
+            if reading.stopped:
+                return rank, "stopped"
+        beats = {rank: reading.beat for rank, reading in readings.items() if reading.beat.phase != "end"}
+        outside = [rank for rank, beat in beats.items() if not beat.in_collective]
+        if outside:
+            # Who is in the earliest part of the run: the others have passed what it is in.
+            first = min(outside, key=lambda rank: _place(beats[rank]))
+            in_circles = self._visited[first][1] > _MOST_PHASES
+            return (first, "no progress") if late[first] > 1 or in_circles else None
+        calls = {rank: (beat.step, beat.phase, beat.collective) for rank, beat in beats.items()}
+        numbers = Counter(calls.values())
+        if len(numbers) == 1:
+            return worst, "waiting"
+        # The fewest are wrong; of as many, who is further on has left something out.
+        rarest = min(numbers.values())
+        odd = [rank for rank, call in calls.items() if numbers[call] == rarest]
+        return max(odd, key=lambda rank: _place(beats[rank])), "skipped a collective"
+
+    def _learn(self, rank: int, beat: Beat) -> None:
+        step, count = self._visited.get(rank, (beat.step, 0))
+        self._visited[rank] = beat.step, (count if step == beat.step else 0) + len(beat.over)
         for phase, seconds in beat.over:
             usual = self._usual.setdefault(phase, [])
             insort(usual, seconds)
             if len(usual) > 2000:
                 del usual[::2]
-
-
-def _blamed(readings: Mapping[int, Reading], worst: int) -> tuple[int, Kind]:
-    for rank, reading in readings.items():
-        if reading.stopped:
-            return rank, "stopped"
-    beats = {rank: reading.beat for rank, reading in readings.items() if reading.beat.phase != "end"}
-    outside = [rank for rank, beat in beats.items() if not beat.in_collective]
-    if outside:
-        # Who is in the earliest part of the run: the others have passed what it is in.
-        return min(outside, key=lambda rank: _place(beats[rank])), "no progress"
-    calls = {rank: (beat.step, beat.phase, beat.collective) for rank, beat in beats.items()}
-    numbers = Counter(calls.values())
-    if len(numbers) == 1:
-        return worst, "waiting"
-    # The fewest are wrong; of as many, who is further on has left something out.
-    rarest = min(numbers.values())
-    odd = [rank for rank, call in calls.items() if numbers[call] == rarest]
-    return max(odd, key=lambda rank: _place(beats[rank])), "skipped a collective"
 
 
 def _place(beat: Beat) -> tuple[int, int, int]:

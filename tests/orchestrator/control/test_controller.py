@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sample_runs import job, make_checkpoint, step_report
+from sample_runs import job, make_checkpoint, metrics_line, step_report
 from stage import Clock, Stage, Turn
 
 from jobs.errors import InputError
 from jobs.spec import JobSpec
+from orchestrator import manifests
 from orchestrator.control import controller as module
 from orchestrator.control import record as record_module
 from orchestrator.control.controller import cancel
@@ -359,11 +360,24 @@ def test_where_a_whole_node_waits_another_nodes_rank_is_to_blame(stage: SetUp) -
         data = {"seconds": 5.3, "kind": kind}
         return Event(kind="rank_hung", message=f"rank {rank} {kind}", attempt=1, rank=rank, node=node, data=data)
 
-    spec = job("policy.max_restarts=0")
-    play = stage(started(), [hung(0, "host-0", "waiting")], [], [hung(2, "host-1", "stopped")], [], spec=spec)
-    assert play.play().reason.startswith("rank 2 stopped")
-    (failed,) = [event for event in play.events if event["kind"] == "attempt_failed"]
-    assert (failed["data"]["failure"], failed["data"]["node"]) == ("rank_hung", "host-1")
+    spec = job("cluster.nodes=2", "cluster.devices_per_node=2", "train.steps=3", "policy.max_restarts=0")
+    waits = [[hung(node, f"host-{node}", "waiting")] for node in (0, 1)]
+    stopped = [hung(2, "host-1", "stopped")]
+    for turns, reason in (
+        ([waits[0], [], stopped, []], "rank 2 stopped"),  # who waits has patience
+        ([waits[0], trained(1), waits[1], trained(2, 3) + all_exited()], "trained 3 steps"),  # each was over
+        ([waits[0], waits[1], []], "rank 1 waiting"),  # nobody is to blame, and nobody moves
+    ):
+        play = stage(spec=spec)
+        play = Stage(f"{play.run.place}-{reason[:6]}", play.machines.clock, spec, started(), *turns)
+        play.machines.nodes = ["host-0", "host-1"]
+        assert play.play().reason.startswith(reason)
+        failed = [event["data"] for event in play.events if event["kind"] == "attempt_failed"]
+        assert [each["failure"] for each in failed] == {
+            "rank 2": ["rank_hung"],
+            "traine": [],
+            "rank 1": ["rank_waits"],
+        }[reason[:6]]
 
 
 def test_a_node_that_is_slow_before_the_run_is_left_for_another(stage: SetUp) -> None:
@@ -392,6 +406,19 @@ def test_a_diverged_run_goes_back_behind_the_step_that_broke_it(stage: SetUp) ->
     assert [launches[0].checkpoint_steps for launches in play.machines.launched] == [(2, 1), (1,)]
     assert play.told("checkpoint_removed") == ["checkpoint at step 2 holds a diverged state"]
     assert play.told("attempt_failed")[0].startswith("step 3: the loss has diverged since step 3")
+
+
+def test_what_was_usual_outlives_a_controller(stage: SetUp) -> None:
+    """Killed before it was sure: the next one does not take the ruined state for what is usual."""
+    spec = job("train.steps=30", "policy.max_restarts=0")
+    first = stage(spec=spec)
+    first.run.append("metrics.jsonl", [metrics_line(step, loss=3.0 if step < 20 else 50.0) for step in range(1, 23)])
+    for step in (18, 22):
+        make_checkpoint(first.run, step, spec)
+    ruined = [step_report(step, rank, loss=50.0) for step in range(23, 28) for rank in RANKS]
+    play = stage(started(start_step=22), ruined, [], spec=spec)
+    assert play.play().reason.startswith("the loss has diverged since step 23")
+    assert manifests.steps(play.run) == [18]
 
 
 def test_a_restart_that_got_nowhere_is_waited_for_and_can_be_cancelled(stage: SetUp) -> None:

@@ -83,15 +83,27 @@ def test_a_rank_that_spins_or_holds_a_lock_is_who_is_in_no_collective(phase: Pha
 def test_a_rank_that_beats_but_goes_nowhere_is_to_blame_for_who_waits() -> None:
     watch, now = trained()
     told = None
+    circle: tuple[tuple[Phase, float], ...] = (("data", 0.01), ("compute", 0.01)) * 12
     for moment in range(1, 40):
         at = now + 0.25 * moment
         readings = {
             0: Reading(beat(51, "compute", now, inside=True), False),
-            1: Reading(beat(51, "data", at - 0.01), False),
+            1: Reading(beat(51, "data", at - 0.01, over=circle), False),
         }
         told = told or watch.look(at, readings)
     assert told is not None
     assert (told.rank, told.kind) == (1, "no progress")
+
+
+def test_who_waits_for_a_rank_that_is_at_something_long_is_patient() -> None:
+    watch, now = trained()
+    saving = {0: Reading(beat(51, "checkpoint", now), False), 1: Reading(beat(52, "compute", now, inside=True), False)}
+    usual: tuple[tuple[Phase, float], ...] = (("checkpoint", 12.0),)
+    watch.look(now, {0: Reading(beat(51, "checkpoint", now, over=usual), False)})
+    assert [watch.look(now + seconds, saving) for seconds in (5.5, 20.0, 59.0)] == [None] * 3
+    stall = watch.look(now + 61.0, saving)  # five times what it takes
+    assert stall is not None
+    assert (stall.rank, stall.beat.phase) == (0, "checkpoint")
 
 
 def test_a_rank_that_left_a_collective_out_is_the_odd_one() -> None:
