@@ -58,7 +58,7 @@ def test_interrupted_then_out_of_budget_then_damaged_and_done_at_another_layout(
 
     answer = fivefold("resume", run.run_id, "policy.max_restarts=0", "fault.kill_rank=2", "fault.at_step=10")
     assert (answer.code, answer.document.get("state")) == (3, "failed")
-    assert "rank 2 was ended by SIGKILL (1 failed attempts, policy.max_restarts=0)" in answer.document["reason"]
+    assert "rank 2 was ended by SIGKILL (1 failed attempts in 24 h, policy.max_restarts=0)" in answer.document["reason"]
     assert fivefold.ask("status", run.run_id).document["reason"] == answer.document["reason"]
     newest = checkpoints_written(run)[-1]
     assert newest == 8
