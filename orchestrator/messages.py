@@ -33,9 +33,6 @@ class RankLaunch(Message):
     store_port: int
     run_folder: str
     job: JobSpec
-    snapshots_before: int | None = Field(
-        None, description="snapshots in memory of this step and later are not to be used; null: all may be"
-    )
     checkpoint_steps: tuple[int, ...] = Field(description="checkpoints to resume from, best first; none: start afresh")
     injections: tuple[int, ...] = Field((), description="places in job.injections of faults that have yet to happen")
 

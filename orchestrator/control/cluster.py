@@ -23,6 +23,8 @@ _CONNECT_SECONDS = 3.0
 _POLL_WAIT_SECONDS = 1.0
 _SILENT_SECONDS = 10.0
 """Without an answer to a poll that an agent should have answered: it is stopped, or its machine is gone."""
+_CALLS_AT_ONCE = 8
+"""That an agent serves: a poll, what the controller asks, what two other agents ask about copies."""
 _OBEY_SECONDS = 60.0
 """For an agent to do what it is asked; ending ranks may take half of that."""
 
@@ -33,11 +35,13 @@ class Cluster:
     def __init__(self, run: RunFolder, job: JobSpec, where: Literal["here", "cluster"]) -> None:
         self._run, self._job, self._where = run, job, where
         self._group: Any = None
-        self._agents: list[Any] = []
+        self._session = ""
+        self._agents: list[Any] = []  # None where one is to be started
         self._polls: dict[Any, int] = {}
         self._asked: dict[int, float] = {}  # by agent: when its outstanding poll was sent
+        self._gone: set[int] = set()
         self._silent: set[int] = set()
-        self._preparing: list[Any] = []
+        self._preparing: dict[Any, int] = {}
         self._node_ids: dict[str, str] = {}
         self._left_out: list[str] = []
         self.nodes: list[str] = []
@@ -90,9 +94,11 @@ class Cluster:
         )
 
     def request(self) -> None:
-        """Ask Ray for all nodes at once; `granted` tells when they are there."""
+        """Ask Ray for all nodes at once, or for others in place of those that were lost; `granted` tells of them."""
         from ray.util.placement_group import placement_group
 
+        if self._group is not None:
+            return  # whose lost nodes Ray replaces by itself
         count = self._job.cluster.nodes
         others = {"ray.io/node-id": f"!in({','.join(self._left_out)})"}
         self._group = placement_group(
@@ -100,43 +106,82 @@ class Cluster:
             strategy="STRICT_SPREAD",
             bundle_label_selector=[others] * count if self._left_out else None,
         )
+        self._session = secrets.token_hex(4)
+        self._agents, self.nodes = [None] * count, [""] * count
 
     def granted(self, wait_seconds: float) -> bool:
-        return bool(self._group.wait(wait_seconds))
+        import ray
+        from ray.util.placement_group import placement_group_table
+
+        if not self._group.wait(wait_seconds):
+            return False
+        # For some seconds after a node's death the group seems whole.
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return set(placement_group_table(self._group)["bundles_to_node_id"].values()) <= alive
 
     def start_agents(self) -> None:
-        """Create the agents and have them warm their zygotes; `prepare` waits for that."""
+        """Create the agents that are missing and have them warm their zygotes; `prepare` waits for that."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from orchestrator.node.agent import NodeAgent
 
-        spec = self._job.cluster
-        session = secrets.token_hex(4)
         actor = ray.remote(NodeAgent)
-        self._agents = [
-            actor.options(
+        for index in [index for index, agent in enumerate(self._agents) if agent is None]:
+            agent = actor.options(
                 num_cpus=1,
-                num_gpus=_gpus(spec),
-                max_concurrency=4,
+                num_gpus=_gpus(self._job.cluster),
+                max_concurrency=_CALLS_AT_ONCE,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
-            ).remote(self._run.place, index, session, self._job.model_dump(mode="json"))
-            for index in range(spec.nodes)
-        ]
-
-        self._preparing = [agent.prepare.remote() for agent in self._agents]
+            ).remote(self._run.place, index, self._session, self._job.model_dump(mode="json"))
+            self._agents[index] = agent
+            self._preparing[agent.prepare.remote()] = index
 
     def prepare(self, wait_seconds: float) -> bool:
         """Whether every agent is ready to launch ranks; `nodes` then holds their names."""
         import ray
+        from ray.exceptions import RayActorError
 
-        done, waiting = ray.wait(self._preparing, num_returns=len(self._preparing), timeout=wait_seconds)
-        names = ray.get(done)
-        if not waiting:
-            self._node_ids |= {name: node for name, node, _ in names}
-            self.nodes = [name for name, _, _ in names]
-            self.checks = {name: found for name, _, found in names}
-        return not waiting
+        done, waiting = ray.wait(list(self._preparing), num_returns=len(self._preparing), timeout=wait_seconds)
+        for future in done:
+            index = self._preparing.pop(future)
+            try:
+                name, node, self.checks[name] = ray.get(future)
+            except RayActorError:
+                self._agents[index] = None
+            else:
+                self._node_ids[name], self.nodes[index] = node, name
+        if not waiting and None not in self._agents:
+            self._join_peers()
+        if None in self._agents:  # lost before all were ready
+            self.start_agents()
+        return not self._preparing
+
+    def _join_peers(self) -> None:
+        """Each node's snapshots are copied to the next one."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        count = len(self._agents)
+        for index, agent in enumerate(self._agents if count > 1 else []):
+            peer = (index + 1) % count
+            try:
+                ray.get(agent.send_copies_to.remote(self._agents[peer], self.nodes[peer]))
+            except RayActorError:
+                self._agents[index] = None
+
+    def drop_lost(self, node: str | None) -> None:
+        """Give back this node and all that are gone; the others keep what they hold in memory."""
+        import ray
+
+        if self._silent or node is None:  # one that is silent would be granted again
+            self.release()
+            return
+        for index in self._gone | {self.nodes.index(node)}:
+            ray.kill(self._agents[index])
+            self._agents[index] = None
+            self._polls = {poll: of for poll, of in self._polls.items() if of != index}
+        self._gone = set()
 
     def open_store(self) -> tuple[str, int]:
         import ray
@@ -160,7 +205,7 @@ class Cluster:
 
         waited_for = set(self._polls.values())
         for index, agent in enumerate(self._agents):
-            if index not in waited_for:
+            if index not in waited_for and index not in self._gone:
                 self._polls[agent.poll.remote(_POLL_WAIT_SECONDS)] = index
                 self._asked[index] = time.monotonic()
         done, _ = ray.wait(list(self._polls), num_returns=1, timeout=timeout_seconds)
@@ -168,10 +213,12 @@ class Cluster:
             done, _ = ray.wait(list(self._polls), num_returns=len(self._polls), timeout=0)
         found: list[Report] = []
         for future in done:
-            node = self.nodes[self._polls.pop(future)]
+            index = self._polls.pop(future)
+            node = self.nodes[index]
             try:
                 found += ray.get(future)
             except RayError as error:
+                self._gone.add(index)
                 text = f"the agent of {node} is gone, {self._ranks(node)}: {str(error).splitlines()[0]}"
                 found.append(Event(kind="node_lost", message=text, node=node))
         for index in set(self._polls.values()) - self._silent:
@@ -195,6 +242,10 @@ class Cluster:
         """End every rank on every node that still answers; returns when they are gone."""
         self._all("kill")
 
+    def forget_from(self, step: int) -> None:
+        """No state of this step or later that is in a node's memory is to be taken up."""
+        self._all("forget_from", step)
+
     def release(self) -> None:
         """Give every node back. Detached groups leak, so this one is removed whatever happened before."""
         import ray
@@ -203,20 +254,21 @@ class Cluster:
         if not ray.is_initialized():
             return
         self._all("close")
-        for agent in self._agents:
+        for agent in filter(None, self._agents):
             ray.kill(agent)
         if self._group is not None:
             remove_placement_group(self._group)
-        self._group, self._agents, self._polls, self._silent = None, [], {}, set()
+        self._group, self._agents, self._polls, self._preparing = None, [], {}, {}
+        self._gone, self._silent, self.checks = set(), set(), {}
 
-    def _all(self, method: str) -> list[Any]:
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
         """Call every agent that answers; those that are gone are `poll`'s to tell."""
         import ray
         from ray.exceptions import RayError
 
-        asked = [agent for index, agent in enumerate(self._agents) if index not in self._silent]
+        asked = [agent for index, agent in enumerate(self._agents) if agent is not None and index not in self._silent]
         answers = []
-        for future in [getattr(agent, method).remote() for agent in asked]:
+        for future in [getattr(agent, method).remote(*arguments) for agent in asked]:
             with contextlib.suppress(RayError):
                 answers.append(ray.get(future, timeout=_OBEY_SECONDS))
         return answers

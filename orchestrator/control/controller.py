@@ -47,7 +47,6 @@ class Controller:
         for line in record.run.read_lines("metrics.jsonl"):  # what was usual before this controller's time
             self._divergence.add(line["step"], line["loss"], line["grad_norm"])
         self._left_out: set[str] = set()
-        self._spoilt_from: int | None = None
         self._stop_wanted: Literal["cancelled", "interrupted"] | None = None
         self._kill_wanted = False
         self._looked_for_cancel = 0.0
@@ -105,8 +104,11 @@ class Controller:
         quarantined = self._quarantine(suspects(self._failures, policy))
         if not node_lost and not quarantined and not self._slow_node:
             return None
+        if quarantined or self._slow_node:
+            self._machines.release()
+        else:
+            self._machines.drop_lost(self._failures[-1].node)
         self._slow_node = None
-        self._machines.release()
         return self._acquire(
             policy.start_timeout_seconds if policy.on_node_lost == "wait" else policy.node_wait_seconds
         )
@@ -243,7 +245,6 @@ class Controller:
                     store_port=port,
                     run_folder=record.run.place,
                     job=job,
-                    snapshots_before=self._spoilt_from,
                     checkpoint_steps=tuple(manifests.steps(record.run)),
                     injections=pending,
                 )
@@ -349,13 +350,13 @@ class Controller:
             if other and other.kind in ("input_error", "node_lost"):
                 failure = blamed(failure, other) or failure
         if failure.kind == "diverged":
-            self._spoilt_from = failure.step - 1
             self._forget_from(failure.step - 1)
         self._failures.append(failure)
         return after_failure(self._failures, self._job.policy)
 
     def _forget_from(self, step: int) -> None:
-        """Remove checkpoints that hold what a broken step made of the weights; what one shows, the one before did."""
+        """Remove what holds what a broken step made of the weights; what one shows, the one before did."""
+        self._machines.forget_from(step)
         for spoilt in manifests.steps(self._record.run):
             if spoilt >= step:
                 manifests.remove(self._record.run, spoilt)

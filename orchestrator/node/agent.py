@@ -21,10 +21,12 @@ from typing import Any
 
 from jobs.spec import JobSpec
 from orchestrator.messages import PACKET_BYTES, Event, RankLaunch, Report, parse_report
+from orchestrator.node.copies import Copies
 from orchestrator.node.stacks import write_stacks
 from orchestrator.node.watch import Reading, Watch
 from orchestrator.pulse import Pulses, new_page
 from orchestrator.run_folder import RunFolder
+from orchestrator.snapshot_memory import Header, forget_from
 
 _KILL_SECONDS = 30.0
 _LOG_UPLOAD_SECONDS = 10.0
@@ -43,6 +45,7 @@ class NodeAgent:
         self._live: dict[int, int] = {}  # rank -> pid
         self._pulses: dict[int, Pulses] = {}
         self._memories: dict[int, int] = {}  # rank -> descriptor of its snapshots, which outlive it
+        self._copies = Copies(self._memories, self._reports.put)
         self._watch, self._attempt, self._stalled = Watch(), 0, False
         self._changed = threading.Condition()
         self._log_folder = self._run.local or Path(tempfile.mkdtemp(prefix="fivefold-logs-"))
@@ -112,7 +115,9 @@ class NodeAgent:
             page = new_page()
             self._pulses[launch.rank] = Pulses(page)
             if launch.rank not in self._memories:
-                self._memories[launch.rank] = os.memfd_create("fivefold-snapshots")
+                memory = os.memfd_create("fivefold-snapshots")
+                self._copies.fetch(launch.rank, memory)
+                self._memories[launch.rank] = memory
             descriptors = [page, self._memories[launch.rank]]
             if launch.rank == 0:
                 descriptors.append(self._store.fileno())
@@ -122,6 +127,28 @@ class NodeAgent:
             os.close(page)
             if launch.rank == 0:
                 self._store.close()
+
+    def send_copies_to(self, peer: Any, name: str) -> None:
+        """Another node's agent keeps a copy of this one's snapshots from now on; it may have the lost node's."""
+        self._copies.send_to(peer, name)
+
+    def keep_copy(self, rank: int, size: int, content: bytes, offset: int) -> None:
+        self._copies.keep(rank, size, content, offset)
+
+    def keep_copy_header(self, rank: int, place: int, header: Header) -> None:
+        self._copies.keep_header(rank, place, header)
+
+    def kept(self, rank: int) -> tuple[int, list[Header]]:
+        return self._copies.kept(rank)
+
+    def read_copy(self, rank: int, offset: int, length: int) -> bytes:
+        return self._copies.read(rank, offset, length)
+
+    def forget_from(self, step: int) -> None:
+        """No snapshot of this step or later is to be taken up, here or where it is copied to."""
+        for memory in self._memories.values():
+            forget_from(memory, step)
+        self._copies.forget_from(step)
 
     def poll(self, wait_seconds: float) -> list[Report]:
         """Reports and events since the last poll, as soon as there are any."""

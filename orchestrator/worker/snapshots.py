@@ -10,37 +10,24 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import struct
 import threading
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from orchestrator.messages import RankLaunch
+from orchestrator.snapshot_memory import NOTHING, PLACES, Header, headers, room, size_for, start, write_header
 from orchestrator.worker.engines.protocol import Engine
 from orchestrator.worker.reporter import Reporter
 
-_PLACES = 2
-_PAGE = 4096
-_HEADER = struct.Struct("<qqI32s")
-"""Step, bytes, CRC-32 of the content, and whose it is. Step -1: nothing whole is there."""
 _CHUNK_BYTES = 1 << 24
 _ALIGNED = 64
 _SHARE_OF_MEMORY = 0.8
 """Of what the node has free, that snapshots of its ranks may take."""
-
-
-@dataclass(frozen=True)
-class _Held:
-    step: int
-    place: int
-    length: int
-    checksum: int
 
 
 class Snapshots:
@@ -51,7 +38,7 @@ class Snapshots:
         self._launch, self._descriptor, self._reporter = launch, memory_fd, reporter
         self._owner = _owner(launch)
         self._memory: mmap.mmap | None = None
-        self._capacity, self._is_new = 0, False
+        self._size, self._is_new = 0, False
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._copied.set()
@@ -63,17 +50,15 @@ class Snapshots:
 
         above: the step of the newest checkpoint, which is as good as a snapshot of the same.
         """
-        newest = self._launch.snapshots_before
-        found = [held for held in self._whole() if held.step > above and (newest is None or held.step < newest)]
+        places = {step: place for step, place in self._whole().items() if step > above}
         steps: list[set[int]] = [set() for _ in range(dist.get_world_size())]
-        dist.all_gather_object(steps, {held.step for held in found})
+        dist.all_gather_object(steps, set(places))
         common = max(set.intersection(*steps), default=None)
         if common is None:
             return None
         state = engine.state()
-        held = next(held for held in found if held.step == common)
         assert state is not None
-        for tensor, kept in zip(state, self._views(state, held.place), strict=True):
+        for tensor, kept in zip(state, self._views(state, places[common]), strict=True):
             tensor.copy_(kept)
         engine.restored(common)
         if self._launch.rank == 0:
@@ -94,7 +79,7 @@ class Snapshots:
             self._interval = 0
             return
         place = self._oldest()
-        self._write_header(place, -1, 0, 0)
+        write_header(self._descriptor, place, NOTHING)
         views = self._views(state, place)
         self._copied.clear()
         stream, event = None, None
@@ -131,19 +116,21 @@ class Snapshots:
                     event.synchronize()
         finally:  # whatever happened to the copy, training is not to wait for it
             self._copied.set()
-        length = sum(_room(tensor) for tensor in state)
-        self._write_header(place, step, length, self._checksum(place, length))
+        length = sum(_aligned(tensor) for tensor in state)
+        write_header(self._descriptor, place, Header(step, length, self._checksum(place, length), self._owner))
         if self._is_new:  # a page's first touch takes longer than a copy: the other place's are made now
             self._is_new = False
-            other = _PAGE + (_PLACES - 1 - place) * self._capacity
+            other = start(self._size, PLACES - 1 - place)
             torch.frombuffer(self._memory, dtype=torch.uint8, count=length, offset=other).zero_()
 
     def _makes_room(self, state: Sequence[torch.Tensor]) -> bool:
-        length = sum(_room(tensor) for tensor in state)
-        if self._capacity >= length and self._memory is not None:
+        length = sum(_aligned(tensor) for tensor in state)
+        if self._memory is not None and room(self._size) >= length:
             return True
         ranks = min(self._launch.job.cluster.devices_per_node, dist.get_world_size())
-        wanted, free = _PLACES * length * ranks, _available_bytes() + os.fstat(self._descriptor).st_size * ranks
+        each = 2 if self._launch.job.cluster.nodes > 1 else 1  # a node keeps another's too
+        wanted = PLACES * length * ranks * each
+        free = _available_bytes() + os.fstat(self._descriptor).st_size * ranks * each
         if wanted > _SHARE_OF_MEMORY * free:
             if self._launch.local_rank == 0:
                 text = f"no snapshots: they would take {wanted / 1e9:.1f} GB of the node's {free / 1e9:.1f} GB free"
@@ -151,21 +138,20 @@ class Snapshots:
             return False
         self._memory = None  # views of it may be alive for a while, and end with themselves
         os.ftruncate(self._descriptor, 0)  # what another layout left
-        os.ftruncate(self._descriptor, _PAGE + _PLACES * _to_page(length))
+        os.ftruncate(self._descriptor, size_for(length))
         self._open()
         self._is_new = True
-        for place in range(_PLACES):
-            self._write_header(place, -1, 0, 0)
+        for place in range(PLACES):
+            write_header(self._descriptor, place, NOTHING)
         if state[0].is_cuda:
             self._pin()
         return True
 
     def _open(self) -> bool:
-        size = os.fstat(self._descriptor).st_size
-        if size <= _PAGE:
+        self._size = os.fstat(self._descriptor).st_size
+        if not room(self._size):
             return False
-        self._memory = mmap.mmap(self._descriptor, size)
-        self._capacity = (size - _PAGE) // _PLACES
+        self._memory = mmap.mmap(self._descriptor, self._size)
         return True
 
     def _pin(self) -> None:
@@ -174,47 +160,40 @@ class Snapshots:
         whole = torch.frombuffer(self._memory, dtype=torch.uint8)
         torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
 
-    def _whole(self) -> list[_Held]:
-        """What this rank's memory holds of this very training, verified."""
+    def _whole(self) -> dict[int, int]:
+        """Places by the step of what they hold of this very training, verified."""
         if self._memory is None and not self._open():
-            return []
-        assert self._memory is not None
-        found = []
-        for place in range(_PLACES):
-            step, length, checksum, owner = _HEADER.unpack_from(self._memory, place * _HEADER.size)
-            if step < 0 or owner != self._owner or length > self._capacity:
+            return {}
+        found = {}
+        for place, header in enumerate(headers(self._descriptor)):
+            if header.step < 0 or header.owner != self._owner or header.length > room(self._size):
                 continue
-            if self._checksum(place, length) != checksum:
-                text = f"rank {self._launch.rank}'s snapshot of step {step} is damaged and left aside"
-                self._reporter.event("snapshot_damaged", text, step=step)
+            if self._checksum(place, header.length) != header.checksum:
+                text = f"rank {self._launch.rank}'s snapshot of step {header.step} is damaged and left aside"
+                self._reporter.event("snapshot_damaged", text, step=header.step)
                 continue
-            found.append(_Held(step, place, length, checksum))
+            found[header.step] = place
         return found
 
     def _oldest(self) -> int:
-        assert self._memory is not None
-        steps = [_HEADER.unpack_from(self._memory, place * _HEADER.size)[0] for place in range(_PLACES)]
+        steps = [header.step for header in headers(self._descriptor)]
         return steps.index(min(steps))
-
-    def _write_header(self, place: int, step: int, length: int, checksum: int) -> None:
-        assert self._memory is not None
-        _HEADER.pack_into(self._memory, place * _HEADER.size, step, length, checksum, self._owner)
 
     def _views(self, state: Sequence[torch.Tensor], place: int) -> list[torch.Tensor]:
         assert self._memory is not None
-        at, views = _PAGE + place * self._capacity, []
+        at, views = start(self._size, place), []
         for tensor in state:
             flat = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=at)
             views.append(flat.view(tensor.shape))
-            at += _room(tensor)
+            at += _aligned(tensor)
         return views
 
     def _checksum(self, place: int, length: int) -> int:
         assert self._memory is not None
-        found, at = 0, _PAGE + place * self._capacity
+        found, end = 0, start(self._size, place) + length
         with memoryview(self._memory) as content:
-            for start in range(at, at + length, _CHUNK_BYTES):
-                found = zlib.crc32(content[start : min(start + _CHUNK_BYTES, at + length)], found)
+            for at in range(end - length, end, _CHUNK_BYTES):
+                found = zlib.crc32(content[at : min(at + _CHUNK_BYTES, end)], found)
         return found
 
 
@@ -225,12 +204,8 @@ def _owner(launch: RankLaunch) -> bytes:
     return hashlib.sha256("\n".join([launch.run_id, str(launch.rank), *parts]).encode()).digest()
 
 
-def _room(tensor: torch.Tensor) -> int:
+def _aligned(tensor: torch.Tensor) -> int:
     return -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
-
-
-def _to_page(length: int) -> int:
-    return -(-length // _PAGE) * _PAGE
 
 
 def _available_bytes() -> int:

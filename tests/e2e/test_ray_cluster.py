@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes, both on this machine, and jobs that are handed to it."""
+"""A Ray cluster of three nodes, all on this machine, and a job of two that is handed to it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import JOB, STEPS, Fivefold, Opened, assert_same_curve, kill_rank, kinds, metrics, reached, until
@@ -21,26 +22,31 @@ from orchestrator.run_folder import RunFolder
 TWO_NODES = ("cluster.nodes=2", "cluster.devices_per_node=2")
 LONG_VALIDATIONS = ("train.eval_interval=1", "train.eval_batches=20")
 """They change nothing of the training; ranks that lose their controller notice it before the last step."""
+KEPT_IN_MEMORY = ("checkpoint.interval=100", "checkpoint.snapshot_interval=1")
+NODE_MARK = "FIVEFOLD_E2E_NODE"
 
 
 @pytest.fixture
 def cluster(opened: Opened) -> Iterator[Fivefold]:
     """`fivefold` with RAY_ADDRESS set to a cluster that asks for its token."""
-    port, *others = free_ports(5)
+    port, *others = free_ports(6)
     address = f"127.0.0.1:{port}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with opened(RAY_ADDRESS=address, **token) as fivefold, ExitStack() as nodes:
         head = [f"--port={port}", f"--dashboard-port={others[0]}", f"--ray-client-server-port={others[1]}"]
-        start_node(fivefold, nodes, "--head", *head, f"--dashboard-agent-listen-port={others[2]}")
+        start_node(fivefold, nodes, "head", "--head", *head, f"--dashboard-agent-listen-port={others[2]}")
         until(lambda: answers(port) and answers(others[0]), 60, "head node")
-        start_node(fivefold, nodes, f"--address={address}", f"--dashboard-agent-listen-port={others[3]}")
+        for name, listens in (("second", others[3]), ("third", others[4])):
+            start_node(fivefold, nodes, name, f"--address={address}", f"--dashboard-agent-listen-port={listens}")
         yield fivefold
 
 
-def start_node(fivefold: Fivefold, nodes: ExitStack, *options: str) -> None:
+def start_node(fivefold: Fivefold, nodes: ExitStack, name: str, *options: str) -> None:
+    """All that comes of it has its name in the environment."""
     ray = str(Path(sys.executable).with_name("ray"))
     common = ("--num-cpus=2", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0")
-    environment = {name: text for name, text in fivefold.environment.items() if name != "RAY_ADDRESS"}
+    environment = {key: text for key, text in fivefold.environment.items() if key != "RAY_ADDRESS"}
+    environment[NODE_MARK] = name
     with (fivefold.folder / "ray.out").open("ab") as output:
         node = subprocess.Popen(
             [ray, "start", "--block", "--disable-usage-stats", *common, *options],
@@ -58,20 +64,33 @@ def free_ports(count: int) -> list[int]:
         return [held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
 
 
+def node_of(pid: int) -> str:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(each.decode().partition("=")[2] for each in variables if each.startswith(NODE_MARK.encode()))
+
+
+def kill_node(name: str) -> None:
+    """All of its processes at once, as when its power fails."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, StopIteration):
+            if node_of(int(process.name)) == name:
+                os.kill(int(process.name), signal.SIGKILL)
+
+
 def answers(port: int) -> bool:
     with socket.socket() as tried:
         return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_ranks_on_two_nodes_outlive_a_rank_and_the_run_its_controller(
+def test_ranks_on_two_nodes_outlive_a_rank_and_a_node_and_the_run_its_controller(
     cluster: Fivefold, reference: dict[int, tuple[float, float]]
 ) -> None:
-    submit = ("submit", JOB, *TWO_NODES, *LONG_VALIDATIONS)
+    submit = ("submit", JOB, *TWO_NODES, *LONG_VALIDATIONS, *KEPT_IN_MEMORY)
     answer = until(lambda: (tried := cluster(*submit)).code == 0 and tried, 30, "second node")
     assert set(answer.document) == {"run_id", "run_folder", "ray_job"}
     run = RunFolder(answer.document["run_folder"])
     assert run.run_id == answer.document["run_id"]
-    until(reached(run, 5), 90, "step 5")
+    until(reached(run, 3), 90, "step 3")
     ranks = cluster.ask("status", run.run_id).document["ranks"]
     first, second = ranks[0]["node"], ranks[2]["node"]
     assert [rank["node"] for rank in ranks] == [first, first, second, second]
@@ -81,9 +100,21 @@ def test_ranks_on_two_nodes_outlive_a_rank_and_the_run_its_controller(
     print(f"seconds from kill to next step on two nodes: {recovery(run, killed_at, 2):.2f}")
     assert recovery(run, killed_at, 2) < 5
 
+    copied = until(lambda: [event for event in events(run) if event["kind"] == "snapshots_copied"], 30, "copies")
+    assert {event["data"]["step"] > 0 for event in copied} == {True}
+    places = {node_of(rank["pid"]) for rank in cluster.ask("status", run.run_id).document["ranks"]}
+    reached_step = max(line["step"] for line in metrics(run))
+    kill_node(sorted(places - {"head"})[0])
+    until(reached(run, 1, attempt=3), 90, "third attempt")
+    restored = [event["data"]["step"] for event in events(run) if event["kind"] == "snapshot_restored"]
+    began = min(line["step"] for line in metrics(run) if line["attempt"] == 3)
+    print(f"a node was lost after step {reached_step}; restored from memory: {restored}")
+    assert (restored[-1] + 1, len(restored)) == (began, 2)
+    assert began > reached_step - 2
+
     os.kill(run.read_json("status.json")["controller"]["pid"], signal.SIGKILL)
     until(lambda: cluster.ask("status", run.run_id).document["state"] == "orphaned", 10, "orphan")
-    heard = max(line["step"] for line in metrics(run) if line["attempt"] == 2)
+    heard = max(line["step"] for line in metrics(run) if line["attempt"] == 3)
     resumed = cluster("resume", run.run_id, "train.eval_interval=0")
     assert resumed.code == 0, resumed.told
     assert resumed.document["ray_job"] != answer.document["ray_job"]
@@ -91,8 +122,12 @@ def test_ranks_on_two_nodes_outlive_a_rank_and_the_run_its_controller(
     status = cluster.ask("status", run.run_id).document
     assert (status["where"], status["step"], kinds(run)[-1]) == ("cluster", STEPS, "run_done")
     assert_same_curve(run, reference)
-    second, third = ([line["step"] for line in metrics(run) if line["attempt"] == attempt] for attempt in (2, 3))
-    print(f"the controller was killed after step {heard}; its ranks left after step {max(second)}")
-    assert sorted(second + third) == list(range(min(second), STEPS + 1))
-    assert heard <= max(second) < STEPS
+    third, fourth = ([line["step"] for line in metrics(run) if line["attempt"] == attempt] for attempt in (3, 4))
+    print(f"the controller was killed after step {heard}; its ranks left after step {max(third)}")
+    assert sorted(third + fourth) == list(range(min(third), STEPS + 1))
+    assert heard <= max(third) < STEPS
     assert cluster.ask("checkpoint", "verify", run.run_id).code == 0
+
+
+def events(run: RunFolder) -> list[dict[str, Any]]:
+    return list(run.read_lines("events.jsonl"))

@@ -87,6 +87,12 @@ class Script:
     def kill_ranks(self) -> None:
         self.calls.append("kill_ranks")
 
+    def drop_lost(self, node: str | None) -> None:
+        self.calls.append(f"drop {node}")
+
+    def forget_from(self, step: int) -> None:
+        self.calls.append(f"forget from {step}")
+
     def release(self) -> None:
         self.calls.append("release")
 

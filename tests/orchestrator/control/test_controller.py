@@ -237,7 +237,7 @@ def test_the_users_input_stops_the_run_at_once(stage: SetUp, turns: list[Turn]) 
     "turns",
     [
         [[node_lost()], []],
-        [[Event(kind="zygote_lost", message="the zygote on host-0 died")], []],
+        [[Event(kind="zygote_lost", message="the zygote on host-0 died", node="host-0")], []],
         [[failed(0)], [node_lost()], []],
         [[exited(1, -9)], [node_lost()]],  # known to be gone only when it did not answer
     ],
@@ -246,7 +246,7 @@ def test_a_lost_node_is_replaced(stage: SetUp, turns: list[Turn]) -> None:
     play = stage(*turns, started(attempt=2) + trained(1, 2, attempt=2), all_exited(attempt=2))
     assert play.play().state == "done"
     assert play.machines.calls == [
-        *("connect", "request", "start_agents", "launch", "kill_ranks", "release"),
+        *("connect", "request", "start_agents", "launch", "kill_ranks", "drop host-0"),
         *("request", "start_agents", "launch", "release"),
     ]
 
@@ -405,6 +405,7 @@ def test_a_diverged_run_goes_back_behind_the_step_that_broke_it(stage: SetUp) ->
     assert play.play().reason.startswith("the loss has diverged since step 3: nan nats at step 3 (the same at step 3 ")
     assert [launches[0].checkpoint_steps for launches in play.machines.launched] == [(2, 1), (1,)]
     assert play.told("checkpoint_removed") == ["checkpoint at step 2 holds a diverged state"]
+    assert play.machines.calls.count("forget from 2") == 2
     assert play.told("attempt_failed")[0].startswith("step 3: the loss has diverged since step 3")
 
 

@@ -14,6 +14,7 @@ from small_jobs import small_job, small_model
 
 from jobs.spec import JobSpec
 from orchestrator.messages import Event, RankLaunch, parse_report
+from orchestrator.snapshot_memory import forget_from, headers, start
 from orchestrator.worker import snapshots
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
 from orchestrator.worker.main import import_engine
@@ -43,7 +44,6 @@ class Train:
 
     job: JobSpec
     folder: Path
-    before: int | None = None
 
     def __call__(self, rank: int) -> tuple[dict[int, tuple[float, float]], list[Event]]:
         spec, layout = self.job, Layout.of(self.job.layout)
@@ -58,7 +58,6 @@ class Train:
             run_folder=str(self.folder),
             job=spec,
             checkpoint_steps=(),
-            snapshots_before=self.before,
         )
         memory = os.open(self.folder / str(rank), os.O_RDWR | os.O_CREAT)
         engine = import_engine(spec.engine, "cpu").build(spec, layout, torch.device("cpu"))
@@ -81,8 +80,8 @@ class Train:
                 return curve, [report for report in told if isinstance(report, Event)]
 
 
-def train(ranks: Ranks, folder: Path, what: JobSpec, before: int | None = None) -> tuple[Any, list[Event]]:
-    found = ranks.run(Layout.of(what.layout).world, _call, Train(what, folder, before))
+def train(ranks: Ranks, folder: Path, what: JobSpec) -> tuple[Any, list[Event]]:
+    found = ranks.run(Layout.of(what.layout).world, _call, Train(what, folder))
     assert all(curve == found[0][0] for curve, _ in found)
     return found[0][0], [event for _, told in found for event in told]
 
@@ -101,12 +100,12 @@ def test_ranks_that_take_up_a_snapshot_train_on_to_the_same_bits(ranks: Ranks, t
     if name != "megatron":
         return
     # One rank's is damaged: all begin from the last that each holds whole, and the damage is told.
-    content = bytearray((tmp_path / "1").read_bytes())
-    steps = [snapshots._HEADER.unpack_from(content, place * snapshots._HEADER.size)[0] for place in (0, 1)]
-    assert sorted(steps) == [2, 4]
-    room = (len(content) - snapshots._PAGE) // 2
-    content[snapshots._PAGE + steps.index(4) * room + 77] ^= 1
-    (tmp_path / "1").write_bytes(content)
+    with (tmp_path / "1").open("r+b") as memory:
+        steps = [header.step for header in headers(memory.fileno())]
+        assert sorted(steps) == [2, 4]
+        damaged = start(os.fstat(memory.fileno()).st_size, steps.index(4)) + 77
+        (byte,) = os.pread(memory.fileno(), 1, damaged)
+        os.pwrite(memory.fileno(), bytes([byte ^ 1]), damaged)
     again, told = train(ranks, tmp_path, job(name, every=0))
     assert {event.kind: (event.rank, event.data["step"]) for event in told} == {
         "snapshot_damaged": (1, 4),
@@ -114,7 +113,10 @@ def test_ranks_that_take_up_a_snapshot_train_on_to_the_same_bits(ranks: Ranks, t
     }
     assert again == {step: whole[step] for step in (3, 4, 5)}
     # Of a step that broke the weights, and of another layout, nothing is used.
-    assert set(train(ranks, tmp_path, job(name, every=0), before=2)[0]) == set(whole)
+    for rank in range(4):
+        with (tmp_path / str(rank)).open("r+b") as memory:
+            forget_from(memory.fileno(), 2)
+    assert set(train(ranks, tmp_path, job(name, every=0))[0]) == set(whole)
     other = small_job(small_model("deepseek"), {"tp": 2, "dp": 2, "ep": 1}, steps=STEPS)
     assert set(train(ranks, tmp_path, other)[0]) == set(whole)
 
