@@ -53,9 +53,7 @@ class StepReport(Message):
     waited_seconds: dict[str, float] = Field(
         default_factory=dict, description="of compute, in collectives, by the axes of their group: `dp cp`"
     )
-    routed: float | None = Field(
-        None, description="tokens that this rank's experts received over the mean of all ranks"
-    )
+    routed_rows: int | None = Field(None, description="that this rank's experts computed; null: it has none")
     memory_bytes: int = Field(description="peak: device memory on CUDA, resident set on CPU")
     validation_loss: float | None = None
     at: float = Field(default_factory=time.time, description="Unix seconds at its end")

@@ -21,7 +21,7 @@ class Header(NamedTuple):
     length: int
     """Bytes of content."""
     checksum: int
-    """CRC-32 of the content."""
+    """Of the content, as worker/snapshots.py computes it."""
     owner: bytes
     """32 bytes, equal where the state means the same."""
 

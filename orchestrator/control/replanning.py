@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jobs.errors import InputError
 from jobs.spec import DEGREES, SIMPLEST, JobSpec
+from parallel.estimates.hardware import Hardware
 from parallel.planning import planner
 
 _LESS = 0.9
@@ -11,12 +14,17 @@ _LESS = 0.9
 
 
 def needing_less_memory(job: JobSpec) -> JobSpec | None:
-    """The fastest that should need a tenth less memory a device than the job's own; None where there is none."""
-    ours = planner.price(job, planner.device_of(job)).memory.total
-    return next(
-        (planner.resolve(job, plan) for plan in _plans(free(job)) if plan.memory.total <= _LESS * ours),
-        None,
-    )
+    """The fastest that should need a tenth less memory a device than the job's own; None where there is none.
+
+    One of the same degrees, if there is any: then every rank's state stays where it is.
+    """
+    device = planner.device_of(job)
+    smaller = replace(device, memory_bytes=int(_LESS * planner.price(job, device).memory.total))
+    divided_alike = free(job, but=DEGREES)
+    for freed in (divided_alike, free(job)):
+        if plans := _plans(freed, smaller):
+            return planner.resolve(freed, plans[0])
+    return None
 
 
 def on_nodes(job: JobSpec, nodes: int) -> JobSpec | None:
@@ -29,14 +37,15 @@ def on_nodes(job: JobSpec, nodes: int) -> JobSpec | None:
     return None
 
 
-def free(job: JobSpec) -> JobSpec:
+def free(job: JobSpec, but: tuple[str, ...] = ()) -> JobSpec:
     """The job with all to be planned that a plan decides. What is on NVMe stays there: no plan offers that."""
-    planned = [name for name in (*DEGREES, "micro_batch", *SIMPLEST) if getattr(job.layout, name) != "nvme"]
+    decided = (name for name in (*DEGREES, "micro_batch", *SIMPLEST) if name not in but)
+    planned = [name for name in decided if getattr(job.layout, name) != "nvme"]
     return job.model_copy(update={"layout": job.layout.model_copy(update=dict.fromkeys(planned))})
 
 
-def _plans(job: JobSpec) -> tuple[planner.Plan, ...]:
+def _plans(job: JobSpec, device: Hardware | None = None) -> tuple[planner.Plan, ...]:
     try:
-        return planner.plan_job(job).plans
+        return planner.plan_job(job, device).plans
     except InputError:  # nothing runs or fits
         return ()

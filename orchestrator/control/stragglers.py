@@ -51,7 +51,7 @@ class Timing:
     waited: Mapping[str, float]
     """In collectives, by the axes of their group: `{"tp": 0.01, "dp cp": 0.04}`."""
     routed: float | None = None
-    """Tokens that its experts received over the mean of all ranks; None where every rank has all experts."""
+    """Rows that its experts computed, in any unit that is that of its stage; None where it has no experts."""
 
     @property
     def total(self) -> float:
@@ -61,7 +61,7 @@ class Timing:
     def of(cls, report: StepReport) -> Timing:
         phases, waited = report.phase_seconds, report.waited_seconds
         own = phases.get("compute", 0.0) - sum(waited.values())
-        return cls(phases.get("data", 0.0), own, waited, report.routed)
+        return cls(phases.get("data", 0.0), own, waited, report.routed_rows)
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,12 @@ def _without_each(values: Array) -> Array:
 
 
 def _without_routing(compute: Array, routed: Array) -> Array:
-    """Own compute [steps, ranks] less what a line through routed tokens explains.
+    """Own compute [steps, ranks] less what a line through routed tokens [steps, ranks], over their mean, explains.
 
     The median slope of pairs half a stage apart by their tokens (Theil 1950, the incomplete method), each within a
     step: one slow machine does not bend it, and steps of unequal length do not look like routing.
     """
+    routed = routed / np.maximum(routed.mean(1, keepdims=True), 1e-9)
     half = compute.shape[1] // 2
     order = np.argsort(routed, axis=1)
     tokens, seconds = np.take_along_axis(routed, order, 1), np.take_along_axis(compute, order, 1)

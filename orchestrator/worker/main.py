@@ -184,6 +184,7 @@ class _Rank:
                 step_seconds=phases["data"] + phases["compute"],
                 phase_seconds=phases,
                 waited_seconds=waited,
+                routed_rows=result.routed_rows,
                 memory_bytes=self._peak_memory(),
                 validation_loss=validation_loss,
             )
@@ -191,7 +192,7 @@ class _Rank:
             print(f"step {step}  loss {result.loss:.6f}  grad norm {result.grad_norm:.6f}  {report.step_seconds:.3f} s")
             unsaved.append(report)
             self._enter("agree", step)
-            stop = self._agreed_to_stop()
+            stop, busy = self._agree(snapshots.busy)
             every = job.checkpoint.interval
             sound = math.isfinite(result.loss) and math.isfinite(result.grad_norm)  # or nothing of it is to be kept
             if every and sound and (last or stop or step % every == 0):
@@ -203,7 +204,7 @@ class _Rank:
             left = stop and not last
             if left:
                 break
-            if sound and not last:
+            if sound and not last and not busy:
                 snapshots.begin(engine, step)
         snapshots.finish()
         self._pulse.enter("checkpoint")
@@ -242,13 +243,14 @@ class _Rank:
             device_id=self._device if self._device.type == "cuda" else None,
         )
 
-    def _agreed_to_stop(self) -> bool:
-        """Whether any rank was asked to stop: one number over all ranks, so that all leave after the same step."""
+    def _agree(self, busy: bool) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether any is busy: one sum, so that all do the same next."""
         if self._faults.skips_collective():
-            return False
-        asked = self._torch.tensor([int(self._stopping.made)])
+            return False, True
+        asked = self._torch.tensor([int(self._stopping.made), int(busy)])
         self._torch.distributed.all_reduce(asked)
-        return bool(asked.item())
+        stop, any_busy = asked.tolist()
+        return stop > 0, any_busy > 0
 
     def _enter(self, phase: Phase, step: int) -> None:
         self._pulse.enter(phase, step)

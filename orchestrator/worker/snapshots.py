@@ -7,6 +7,7 @@ always whole; what each holds is told by a header that is written last, with a c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,6 +28,12 @@ from orchestrator.worker.reporter import Reporter
 
 _CHUNK_BYTES = 1 << 24
 _ALIGNED = 64
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE of Linux 5.14, which Python 3.11 has no name for."""
+_MOVES_NO_STATE = {"micro_batch", "recompute", "recompute_modules", "context_attention", "dispatcher"}
+"""What of a layout may change between two attempts with each rank's state staying as it is."""
+_MOST_THREADS = 8
+"""That compute one rank's checksums, at most; half of its share of the cores."""
 _SHARE_OF_MEMORY = 0.8
 """Of what the node has free, that snapshots of its ranks may take."""
 
@@ -38,12 +46,25 @@ class Snapshots:
         self._launch, self._descriptor, self._reporter = launch, memory_fd, reporter
         self._owner = _owner(launch)
         self._memory: mmap.mmap | None = None
-        self._size, self._is_new = 0, False
+        self._size = 0
+        self._newest: int | None = None
+        cores = len(os.sched_getaffinity(0)) // launch.job.cluster.devices_per_node
+        self._threads = max(1, min(cores // 2, _MOST_THREADS))
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._copied.set()
         self.stall_seconds = 0.0
         """That training waited for copies, since it was last set to 0."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank could not begin: the one before is not whole yet, or its room is still being made."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def settle(self) -> None:
+        """Wait until it is not busy."""
+        if self._thread is not None:
+            self._thread.join()
 
     def restore(self, engine: Engine, above: int) -> int | None:
         """Collective. The newest step that every rank holds whole, once its state is the engine's; None for none.
@@ -51,34 +72,42 @@ class Snapshots:
         above: the step of the newest checkpoint, which is as good as a snapshot of the same.
         """
         places = {step: place for step, place in self._whole().items() if step > above}
-        steps: list[set[int]] = [set() for _ in range(dist.get_world_size())]
-        dist.all_gather_object(steps, set(places))
-        common = max(set.intersection(*steps), default=None)
-        if common is None:
-            return None
+        state = engine.state() if self._interval else None
+        fits = state is not None and self._fits(_length(state))
+        told: list[tuple[set[int], bool]] = [(set(), False)] * dist.get_world_size()
+        dist.all_gather_object(told, (set(places), fits))
+        common = max(set.intersection(*(steps for steps, _ in told)), default=None)
+        if common is not None:
+            self._take_up(engine, common, places[common])
+        if state is not None and all(fit for _, fit in told):
+            self._make_room(state)
+        else:
+            self._interval = 0
+        return common
+
+    def _take_up(self, engine: Engine, step: int, place: int) -> None:
         state = engine.state()
         assert state is not None
-        for tensor, kept in zip(state, self._views(state, places[common]), strict=True):
+        for tensor, kept in zip(state, self._views(state, place), strict=True):
             tensor.copy_(kept)
-        engine.restored(common)
+        engine.restored(step)
         if self._launch.rank == 0:
-            text = f"the state of step {common} is restored from memory"
-            self._reporter.event("snapshot_restored", text, step=common)
-        return common
+            text = f"the state of step {step} is restored from memory"
+            self._reporter.event("snapshot_restored", text, step=step)
 
     @torch.no_grad()
     def begin(self, engine: Engine, step: int) -> None:
-        """Copy the state after `step`, if it is its turn, behind what the caller does until `finish`."""
-        if not self._interval or step % self._interval:
+        """Copy the state after `step`, if one is due, behind what the caller does until `finish`.
+
+        Not while any rank is busy: all hold the same steps, or there would be none to begin from.
+        """
+        newest = step - 1 if self._newest is None else self._newest
+        if not self._interval or step // self._interval == newest // self._interval:
             return
         began = time.monotonic()
-        if self._thread is not None:
-            self._thread.join()  # until its header is written, what is oldest is not known
         state = engine.state()
-        if state is None or not self._makes_room(state):
-            self._interval = 0
-            return
-        place = self._oldest()
+        assert state is not None
+        self._newest, place = step, self._oldest()
         write_header(self._descriptor, place, NOTHING)
         views = self._views(state, place)
         self._copied.clear()
@@ -116,36 +145,46 @@ class Snapshots:
                     event.synchronize()
         finally:  # whatever happened to the copy, training is not to wait for it
             self._copied.set()
-        length = sum(_aligned(tensor) for tensor in state)
+        length = _length(state)
         write_header(self._descriptor, place, Header(step, length, self._checksum(place, length), self._owner))
-        if self._is_new:  # a page's first touch takes longer than a copy: the other place's are made now
-            self._is_new = False
-            other = start(self._size, PLACES - 1 - place)
-            torch.frombuffer(self._memory, dtype=torch.uint8, count=length, offset=other).zero_()
 
-    def _makes_room(self, state: Sequence[torch.Tensor]) -> bool:
-        length = sum(_aligned(tensor) for tensor in state)
-        if self._memory is not None and room(self._size) >= length:
-            return True
+    def _fits(self, length: int) -> bool:
+        """Whether this node has memory for the snapshots of all its ranks; told where it has not."""
         ranks = min(self._launch.job.cluster.devices_per_node, dist.get_world_size())
         each = 2 if self._launch.job.cluster.nodes > 1 else 1  # a node keeps another's too
         wanted = PLACES * length * ranks * each
         free = _available_bytes() + os.fstat(self._descriptor).st_size * ranks * each
-        if wanted > _SHARE_OF_MEMORY * free:
-            if self._launch.local_rank == 0:
-                text = f"no snapshots: they would take {wanted / 1e9:.1f} GB of the node's {free / 1e9:.1f} GB free"
-                self._reporter.event("snapshots_off", text, wanted_bytes=wanted, free_bytes=free)
-            return False
-        self._memory = None  # views of it may be alive for a while, and end with themselves
-        os.ftruncate(self._descriptor, 0)  # what another layout left
-        os.ftruncate(self._descriptor, size_for(length))
-        self._open()
-        self._is_new = True
-        for place in range(PLACES):
-            write_header(self._descriptor, place, NOTHING)
-        if state[0].is_cuda:
-            self._pin()
-        return True
+        if wanted <= _SHARE_OF_MEMORY * free:
+            return True
+        if self._launch.local_rank == 0:
+            text = f"no snapshots: they would take {wanted / 1e9:.1f} GB of the node's {free / 1e9:.1f} GB free"
+            self._reporter.event("snapshots_off", text, wanted_bytes=wanted, free_bytes=free)
+        return False
+
+    def _make_room(self, state: Sequence[torch.Tensor]) -> None:
+        """Behind the first steps: a page's first touch takes longer than a copy, and pinning it longer still."""
+        if self._memory is None or room(self._size) < _length(state):
+            self._memory = None  # views of it may be alive for a while, and end with themselves
+            os.ftruncate(self._descriptor, 0)  # what another layout left
+            os.ftruncate(self._descriptor, size_for(_length(state)))
+            for place in range(PLACES):
+                write_header(self._descriptor, place, NOTHING)
+            self._open()
+        self._thread = threading.Thread(target=self._touch, args=(state[0].is_cuda,), daemon=True)
+        self._thread.start()
+
+    def _touch(self, pinned: bool) -> None:
+        """Pinned, the device copies there at its link's full speed; where that is refused it copies more slowly."""
+        memory = self._memory
+        assert memory is not None
+        for at in range(0, self._size, _CHUNK_BYTES):  # in pieces, for other threads wait meanwhile
+            with contextlib.suppress(OSError):  # an older kernel's pages are made as they are written
+                memory.madvise(_POPULATE_WRITE, at, min(_CHUNK_BYTES, self._size - at))
+        for place in range(PLACES) if pinned else ():
+            content = torch.frombuffer(
+                memory, dtype=torch.uint8, count=room(self._size), offset=start(self._size, place)
+            )
+            torch.cuda.cudart().cudaHostRegister(content.data_ptr(), content.numel(), 0)
 
     def _open(self) -> bool:
         self._size = os.fstat(self._descriptor).st_size
@@ -153,12 +192,6 @@ class Snapshots:
             return False
         self._memory = mmap.mmap(self._descriptor, self._size)
         return True
-
-    def _pin(self) -> None:
-        """Let the device copy there at the link's full speed; where that is refused it copies more slowly."""
-        assert self._memory is not None
-        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
-        torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
 
     def _whole(self) -> dict[int, int]:
         """Places by the step of what they hold of this very training, verified."""
@@ -189,19 +222,32 @@ class Snapshots:
         return views
 
     def _checksum(self, place: int, length: int) -> int:
-        assert self._memory is not None
-        found, end = 0, start(self._size, place) + length
-        with memoryview(self._memory) as content:
-            for at in range(end - length, end, _CHUNK_BYTES):
-                found = zlib.crc32(content[at : min(at + _CHUNK_BYTES, end)], found)
-        return found
+        """CRC-32 of the CRC-32s of its pieces, which several threads may compute."""
+        memory, begin = self._memory, start(self._size, place)
+        assert memory is not None
+
+        def of_piece(at: int) -> bytes:
+            with memoryview(memory) as content:
+                return zlib.crc32(content[at : min(at + _CHUNK_BYTES, begin + length)]).to_bytes(4, "little")
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            return zlib.crc32(b"".join(pool.map(of_piece, range(begin, begin + length, _CHUNK_BYTES))))
 
 
 def _owner(launch: RankLaunch) -> bytes:
-    """Equal for two launches whose state means the same: of one run, rank and layout, in one model and precision."""
+    """Equal for two launches whose state means the same: of one run and rank, divided alike, of one model."""
     job = launch.job
-    parts = [job.layout.model_dump_json(), job.model.model_dump_json(), job.engine, job.train.precision]
+    parts = [
+        job.layout.model_dump_json(exclude=_MOVES_NO_STATE),
+        job.model.model_dump_json(),
+        job.engine,
+        job.train.precision,
+    ]
     return hashlib.sha256("\n".join([launch.run_id, str(launch.rank), *parts]).encode()).digest()
+
+
+def _length(state: Sequence[torch.Tensor]) -> int:
+    return sum(_aligned(tensor) for tensor in state)
 
 
 def _aligned(tensor: torch.Tensor) -> int:

@@ -62,8 +62,10 @@ def snapshots(state: State, times: int, seconds: float, folder: Path) -> list[fl
     )
     _, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kept = Snapshots(launch, os.memfd_create("snapshots"), Reporter(launch, theirs.detach()))
+    kept.restore(cast(Engine, state), 0)
     stalls = []
     for step in range(1, times + 1):
+        kept.settle()
         kept.stall_seconds = 0.0
         kept.begin(cast(Engine, state), step)
         compute(seconds)

@@ -22,12 +22,13 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from jobs.spec import JobSpec
-from models.reference import MoE, Router
+from models.reference import Experts, MoE, Router
 from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
 from orchestrator.files import FileEntry, Hook, unhindered
 from orchestrator.offload import check_nvme
 from orchestrator.worker.engines.protocol import KEPT, Batch, StateSource, StepResult
+from orchestrator.worker.engines.routed_rows import RoutedRows
 from orchestrator.worker.engines.state_tensors import each_once, nothing, tensors_of
 from parallel.layout import Layout
 
@@ -87,6 +88,8 @@ class DeepSpeedEngine:
         self._decoder = self._build_decoder()
         self._pipeline = Pipeline(self._decoder, self._mesh, tied=job.model.tied_embeddings) if layout.pp > 1 else None
         self._mark()
+        experts = (module for module in self._decoder.modules() if isinstance(module, Experts | ParallelExperts))
+        self._rows = RoutedRows(expert for held in experts for expert in held.children())
         self.parameters = job.model.parameters
         optimizer = torch.optim.AdamW(
             self._parameter_groups(),
@@ -112,13 +115,14 @@ class DeepSpeedEngine:
         parts, counted = self._put(batches)
         # DeepSpeed averages gradients over DP: a sum of losses times this becomes the mean over the global batch.
         scale = (dist.get_world_size(self._mesh.data) / counted).float()
+        self._rows.take()
         total = self._forward_backward(parts, scale)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         grad_norm = self._step()
         self._update_router_biases()
         dist.all_reduce(total, group=self._mesh.losses)
-        return StepResult((total / counted).item(), grad_norm)
+        return StepResult((total / counted).item(), grad_norm, self._rows.take())
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         self._engine.eval()

@@ -24,6 +24,7 @@ from orchestrator.worker.engines.cuda_stand_in import install, part_gradients_fr
 from orchestrator.worker.engines.megatron_batches import LocalBatch, local_batch
 from orchestrator.worker.engines.megatron_checkpoint import count_padding, load_sharded, save_sharded
 from orchestrator.worker.engines.protocol import KEPT, Batch, Kept, StateSource, StepResult
+from orchestrator.worker.engines.routed_rows import RoutedRows
 from orchestrator.worker.engines.state_tensors import each_once, nothing, tensors_of
 from parallel.layout import Layout
 
@@ -38,6 +39,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -93,6 +95,8 @@ class MegatronEngine:
             build_model(job, config, device, index if layout.vpp > 1 else None) for index in range(layout.vpp)
         ]
         fill(self._shards(), drawn(job.model, self._train.seed))
+        modules = (module for model in self._models for module in model.modules())
+        self._rows = RoutedRows(module.experts for module in modules if isinstance(module, MoELayer))
         self._chunks = [self._distributed(config, model) for model in self._models]
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -125,6 +129,7 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        self._rows.take()
         loss = self._run(batches, forward_only=False)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
@@ -134,7 +139,7 @@ class MegatronEngine:
         # One broadcast from the last rank, which is on the last stage: equal everywhere to the last bit.
         figures = torch.stack((loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=self._device)))
         dist.broadcast(figures, src=self._layout.world - 1)
-        return StepResult(*figures.tolist())
+        return StepResult(*figures.tolist(), routed_rows=self._rows.take())
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         for chunk in self._chunks:

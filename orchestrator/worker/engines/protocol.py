@@ -38,12 +38,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global figures of one optimizer step, the same on every rank."""
+    """Of one optimizer step: global figures, the same on every rank, and what this rank's experts were given."""
 
     loss: float
     """Mean cross-entropy over the step's counted labels, nats, without auxiliary losses."""
     grad_norm: float
     """L2 norm of the whole gradient before clipping."""
+    routed_rows: int | None = None
+    """That this rank's experts computed in forward, what backward computes again counted again; None: no experts."""
 
 
 class Engine(Protocol):

@@ -1,0 +1,105 @@
+"""A billion-parameter MoE on GPUs: what snapshots cost it, and how soon it trains on after a fault."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from bench import lines, machine
+
+FAULTS = {25: "kill", 45: "stop", 65: "held_lock", 85: "out_of_memory"}
+"""By step. The last is answered by another layout."""
+INTERVAL = 10
+SETTLED = 20
+"""Steps after which steps are timed."""
+SECONDS = 300.0
+
+
+def train(root: Path, *overrides: str) -> Path:
+    """The folder of a run of moe_1b that came to its end."""
+    before = set(root.glob("*/job.json"))
+    command = [sys.executable, "-m", "orchestrator.cli", "run", "moe_1b", "--run-root", str(root), *overrides]
+    ended = subprocess.run([*command, "checkpoint.interval=1000"], capture_output=True, text=True, timeout=SECONDS)
+    if ended.returncode:
+        sys.exit(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}")
+    (made,) = set(root.glob("*/job.json")) - before
+    return made.parent
+
+
+def seconds_a_step(run: Path) -> list[float]:
+    """From one step's report to the next, so that all that delays a step is in it."""
+    at = [line["at"] for line in lines(run / "metrics.jsonl") if line["step"] >= SETTLED]
+    return [later - earlier for earlier, later in pairwise(at)]
+
+
+def snapshots(root: Path, cluster: str, steps: int) -> dict[str, Any]:
+    """Runs without and with, in turn: the mean step of each, and what a snapshot adds to ten."""
+    found: dict[int, list[float]] = {0: [], INTERVAL: []}
+    for interval in (0, INTERVAL, INTERVAL, 0):
+        run = train(root, cluster, f"train.steps={steps}", f"checkpoint.snapshot_interval={interval}")
+        found[interval].append(mean(seconds_a_step(run)))
+        print(f"snapshots every {interval or 'no'} steps: {found[interval][-1] * 1e3:.1f} ms a step", flush=True)
+    without, with_them = median(found[0]), median(found[INTERVAL])
+    print(f"snapshots every {INTERVAL} steps cost {with_them / without - 1:.2%} of a step")
+    return {"interval": INTERVAL, "mean_step_seconds": found, "cost": with_them / without - 1}
+
+
+def faults(root: Path, cluster: str) -> list[dict[str, Any]]:
+    chaos = ", ".join(f"{{kind: {kind}, rank: 0, step: {step}}}" for step, kind in FAULTS.items())
+    run = train(root, cluster, "train.steps=100", f"checkpoint.snapshot_interval={INTERVAL}", f"chaos=[{chaos}]")
+    events, metrics = lines(run / "events.jsonl"), lines(run / "metrics.jsonl")
+    rows = []
+    for fault in (event for event in events if event["kind"] == "fault_injected"):
+        later = [event for event in events if event["at"] > fault["at"]]
+        found = next(event for event in later if event["kind"] == "attempt_failed")
+        began = next(event for event in later if event["kind"] == "training_started")
+        step = next(line for line in metrics if line["at"] > began["at"])
+        rows.append(
+            {
+                "fault": FAULTS[fault["data"]["step"]],
+                "step": fault["data"]["step"],
+                "found": found["message"],
+                "found_seconds": found["at"] - fault["at"],
+                "next_step_seconds": step["at"] - fault["at"],
+                "steps_lost": fault["data"]["step"] - 1 - began["data"]["start_step"],
+                "from_memory": began["data"]["from_memory"],
+                "build_seconds": began["data"]["build_seconds"],
+                "restore_seconds": began["data"]["restore_seconds"],
+            }
+        )
+        row = rows[-1]
+        seconds = f"found {row['found_seconds']:6.2f} s  next step {row['next_step_seconds']:6.2f} s"
+        print(
+            f"{row['fault']:<16}{seconds}  steps lost {row['steps_lost']}  from memory: {row['from_memory']}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devices", type=int, default=2, metavar="N", help="GPUs of this machine to train on")
+    parser.add_argument("--steps", type=int, default=80, metavar="N", help="of each run that times steps")
+    parser.add_argument("--json", metavar="FILE", help="where the figures are kept")
+    options = parser.parse_args()
+    cluster = f"cluster.devices_per_node={options.devices}"
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="5f-") as name:
+        document = {
+            "machine": machine(),
+            "devices": options.devices,
+            "faults": faults(Path(name), cluster),
+            "snapshots": snapshots(Path(name), cluster, options.steps),
+        }
+    if options.json:
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
