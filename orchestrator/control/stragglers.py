@@ -139,15 +139,19 @@ class Stragglers:
         matters = _MATTERS_OF_STEP * float(np.median([[each.total for each in step] for step in timings]))
         for at, slower, lost in _outliers(data, matters):
             yield Straggler(stage[at], "data", slower, lost)
-        unexplained = compute
-        if all(each.routed is not None for step in timings for each in step):
-            unexplained = _without_routing(compute, np.array([[each.routed for each in step] for step in timings]))
-        machines = {at: (slower, lost) for at, slower, lost in _outliers(unexplained, matters)}
-        for at, slower, lost in _outliers(compute, matters):
-            if at not in machines:
-                yield Straggler(stage[at], "routing", slower, lost)
-        for at, (slower, lost) in machines.items():
-            yield Straggler(stage[at], "compute", slower, lost)
+        slow = {at: (slower, lost) for at, slower, lost in _outliers(compute, matters)}
+        if not all(each.routed is not None for step in timings for each in step):
+            for at, (slower, lost) in slow.items():
+                yield Straggler(stage[at], "compute", slower, lost)
+            return
+        routed = np.array([[each.routed for each in step] for step in timings])
+        suspects = {at for at, _, _ in _outliers(_without_routing(compute, routed), matters)} | set(slow)
+        for at in sorted(suspects):
+            unexplained = {each[0]: each[1:] for each in _outliers(_without_routing(compute, routed, at), matters)}
+            if at in unexplained:
+                yield Straggler(stage[at], "compute", *unexplained[at])
+            elif at in slow:
+                yield Straggler(stage[at], "routing", *slow[at])
 
     def _of_network(self) -> Iterable[Straggler]:
         """Nobody arrives late and yet some groups wait longer than others of their kind: who is in all of those.
@@ -206,18 +210,36 @@ def _without_each(values: Array) -> Array:
     return found
 
 
-def _without_routing(compute: Array, routed: Array) -> Array:
-    """Own compute [steps, ranks] less what a line through routed tokens [steps, ranks], over their mean, explains.
+def _without_routing(compute: Array, routed: Array, suspect: int = -1) -> Array:
+    """Own compute [steps, ranks] less what a line through routed rows [steps, ranks], over their mean, explains.
 
-    The median slope of pairs half a stage apart by their tokens (Theil 1950, the incomplete method), each within a
-    step: one slow machine does not bend it, and steps of unequal length do not look like routing.
+    Its slope is a median of slopes of pairs half a sample apart (Theil 1950, the incomplete method), weighted by how
+    far apart: pairs of ranks within a step, without the suspect, and pairs of steps within a rank. How slow the
+    suspect's machine is changes neither, and steps of unequal length do not look like routing.
     """
-    routed = routed / np.maximum(routed.mean(1, keepdims=True), 1e-9)
-    half = compute.shape[1] // 2
-    order = np.argsort(routed, axis=1)
-    tokens, seconds = np.take_along_axis(routed, order, 1), np.take_along_axis(compute, order, 1)
-    apart, longer = tokens[:, -half:] - tokens[:, :half], seconds[:, -half:] - seconds[:, :half]
+    share = routed / np.maximum(routed.mean(1, keepdims=True), 1e-9)
+    others = np.arange(compute.shape[1]) != suspect
+    relative = compute - np.median(compute, axis=1, keepdims=True)
+    pairs = [_half_apart(share[:, others].T, compute[:, others].T), _half_apart(share, relative)]
+    apart, longer = (np.concatenate([pair[part] for pair in pairs]) for part in (0, 1))
     clear = apart > _CLEARLY_APART
-    slope = max(0.0, float(np.median(longer[clear] / apart[clear]))) if clear.any() else 0.0
-    left: Array = compute - slope * (routed - 1)
+    left: Array = compute - max(0.0, _weighted_median(longer[clear] / apart[clear], apart[clear])) * (share - 1)
     return left
+
+
+def _half_apart(tokens: Array, seconds: Array) -> tuple[Array, Array]:
+    """Of each column, sorted by its tokens: differences of tokens and of seconds between its halves."""
+    half = tokens.shape[0] // 2
+    order = np.argsort(tokens, axis=0)
+    tokens, seconds = np.take_along_axis(tokens, order, 0), np.take_along_axis(seconds, order, 0)
+    last = tokens.shape[0] - half
+    return (tokens[last:] - tokens[:half]).ravel(), (seconds[last:] - seconds[:half]).ravel()
+
+
+def _weighted_median(values: Array, weights: Array) -> float:
+    """0 of none."""
+    if not len(values):
+        return 0.0
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(reached, reached[-1] / 2)])

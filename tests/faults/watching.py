@@ -133,7 +133,7 @@ def healthy(folder: str, steps: int) -> dict[str, Any]:
         f"train.steps={steps}",
         f"checkpoint.interval={steps // 20}",
         f"train.eval_interval={steps // 10}",
-        "train.eval_batches=300",
+        "train.eval_batches=100",
         f"chaos=[{stalls}]",
     )
     events = lines(made / "events.jsonl")

@@ -111,6 +111,19 @@ def test_a_slow_machine_with_more_tokens_is_one() -> None:
     assert (found.rank, found.cause) == (1, "compute")
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_slow_machine_whose_experts_are_always_chosen_more_is_one(world: int) -> None:
+    """Of few ranks one is a large part: its slowness is not to pass for what tokens cost."""
+
+    def make(step: int, rank: int, draw: random.Random) -> tuple[float, float, float, float]:
+        routed = draw.gauss(1.3 if rank == 0 else 0.9, 0.05)
+        slow = 1.2 if rank == 0 else 1
+        return 0.001, slow * (0.1 + 0.01 * (routed - 1)) * draw.gauss(1, 0.02), 0.0, routed
+
+    found = [told(make, layout=Layout(dp=world, ep=2), seed=seed) for seed in range(10)]
+    assert [[(each.rank, each.cause) for each in slow] for slow in found].count([(0, "compute")]) >= 9
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), noise=st.floats(0.01, 0.3), world=st.sampled_from([2, 4, 8]))
 def test_noise_alone_tells_of_nobody(seed: int, noise: float, world: int) -> None:
