@@ -5,7 +5,7 @@ SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow exact exact-random fuzz-checkpoints lint validate-planner bench-planner chaos bench-faults bench-snapshot wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-random fuzz-checkpoints lint validate-planner bench-planner chaos bench-faults bench-snapshot bench-watching wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
@@ -50,6 +50,10 @@ bench-faults: $(VENV)/.ready
 # How long training waits for a copy of 512 MB of state, beside torch's asynchronous checkpoints.
 bench-snapshot: $(VENV)/.ready
 	PYTHONPATH=. $(BIN)/python tests/faults/snapshot.py --json docs/benchmarks/snapshot.json
+
+# What watching costs, how soon a rank that is a fifth slower is named, ten thousand healthy steps: a quarter of an hour.
+bench-watching: $(VENV)/.ready
+	$(BIN)/python tests/faults/watching.py --json docs/benchmarks/watching.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

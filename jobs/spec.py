@@ -99,6 +99,9 @@ class LayoutSpec(Spec):
     dp: int | None = Field(None, ge=1)
     ep: int | None = Field(None, ge=1)
     etp: int | None = Field(None, ge=1)
+    stage_layers: tuple[int, ...] | None = Field(
+        None, description="layers of each pipeline stage, first to last; null: equally many"
+    )
     micro_batch: int | None = Field(None, ge=1, description="sequences a rank computes at once")
 
     recompute: Literal["none", "selective", "full"] | None = Field(None, description="what backward computes again")
@@ -179,8 +182,10 @@ class PolicySpec(Spec):
         "wait", description="for another node, or, after node_wait_seconds, go on at another layout on those left"
     )
     node_wait_seconds: float = Field(60.0, gt=0, description="longest wait for another node before a replan")
-    on_straggler: Literal["report", "quarantine"] = Field(
-        "report", description="quarantine: at the next checkpoint the node of a slow rank is left for another"
+    on_straggler: Literal["report", "quarantine", "replan"] = Field(
+        "report",
+        description="at the next checkpoint; quarantine: a slow rank's node is left for another; replan: its pipeline "
+        "stage is given fewer layers",
     )
     grace_seconds: float = Field(300.0, gt=0, description="longest wait for a checkpoint when asked to stop")
     unsaved_minutes: float = Field(

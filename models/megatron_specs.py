@@ -103,6 +103,7 @@ def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
         cp_comm_type=RING if job.layout.context_attention == "ring" else GATHER,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        pipeline_model_parallel_layout=_stages(layout),
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         # These fusions want Apex, TransformerEngine or torch.compile.
@@ -119,6 +120,14 @@ def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
     # Not given above, since Megatron would refuse it with softmax, which its own router has no bias for.
     config.moe_router_enable_expert_bias = model.is_moe and model.router_bias
     return config
+
+
+def _stages(layout: Layout) -> list[list[str]] | None:
+    """What each pipeline stage has, where their layers are not equally many."""
+    if layout.stage_layers is None:
+        return None
+    stages = [["decoder"] * layers for layers in layout.stage_layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def _recompute_options(layout: LayoutSpec) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from models.reference import Context, Layer, RMSNorm
 
 
 class Stage(nn.Module):
-    """Equal shares of `models.reference.Decoder`'s layers; tensors have the names that they have there.
+    """A run of `models.reference.Decoder`'s layers; tensors have the names that they have there.
 
     A tied head is a copy of the embedding, whose gradients are for the caller to add up.
     """
@@ -24,16 +24,14 @@ class Stage(nn.Module):
     auxiliary_weight: float
     """What a micro-batch's auxiliary loss counts in the loss."""
 
-    def __init__(self, model: ModelArchitecture, index: int, stages: int) -> None:
+    def __init__(self, model: ModelArchitecture, layers: range) -> None:
+        """layers: from 0; the first stage has the embedding, the last the norm and the head."""
         super().__init__()
-        share = model.layers // stages
-        self.is_first, self.is_last = index == 0, index == stages - 1
+        self.is_first, self.is_last = layers.start == 0, layers.stop == model.layers
         self.has_tied_head = self.is_last and model.tied_embeddings
         if self.is_first or self.has_tied_head:
             self.embedding = nn.Embedding(model.vocab, model.hidden)
-        self.layers = nn.ModuleDict(
-            {str(layer): Layer(model, layer) for layer in range(index * share, (index + 1) * share)}
-        )
+        self.layers = nn.ModuleDict({str(layer): Layer(model, layer) for layer in layers})
         if self.is_last:
             self.norm = RMSNorm(model.hidden, model.norm_epsilon)
             self.head = None if model.tied_embeddings else nn.Linear(model.hidden, model.vocab, bias=False)

@@ -202,9 +202,16 @@ def _nobody_to_dispatch_to(layout: Layout, job: JobSpec) -> str | None:
     return None
 
 
+def _stage_layers(layout: Layout, job: JobSpec) -> str | None:
+    given, layers = layout.stage_layers, job.model.layers
+    if given is None:
+        return None if layers % layout.pp == 0 else f"pp={layout.pp} does not divide layers={layers}"
+    return None if sum(given) == layers else f"stage_layers={list(given)} are {sum(given)}, not layers={layers}"
+
+
 def _virtual_layers(layout: Layout, job: JobSpec) -> str | None:
     stages, layers = layout.pp * layout.vpp, job.model.layers
-    if layers % stages == 0:
+    if layers % stages == 0 or layout.vpp == 1:
         return None
     return f"pp*vpp={layout.pp}*{layout.vpp}={stages} does not divide layers={layers}"
 
@@ -227,7 +234,7 @@ def _split_sequence(layout: Layout, job: JobSpec) -> str | None:
 
 ATTENTION_RULES = (
     *deepspeed_rules.ATTENTION_RULES,
-    Rule("layers", "pp", BOTH, _divides("pp", "layers", lambda job: job.model.layers)),
+    Rule("layers", "pp", BOTH, _stage_layers),
     Rule("layers", "vpp", MEGATRON, _virtual_layers),
     Rule("heads", "tp", BOTH, _divides("tp", "heads", lambda job: job.model.heads)),
     Rule("kv_heads", "tp", BOTH, _kv_heads),

@@ -32,6 +32,8 @@ class Layout:
     ep: int = 1
     etp: int = 1
     sp: bool | None = None
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each pipeline stage, first to last; None: equally many."""
 
     def __post_init__(self) -> None:
         for axis in ("tp", "cp", "dp", "pp", "vpp", "ep", "etp"):
@@ -44,6 +46,8 @@ class Layout:
             raise InputError("layout.sp", True, "sequence parallelism needs tp above 1", False)
         if self.vpp > 1 and self.pp == 1:
             raise InputError("layout.vpp", self.vpp, f"virtual stages need pp above 1, pp={self.pp}", 1)
+        if self.stage_layers is not None:
+            self._check_stages(self.stage_layers)
         plane = self.tp * self.cp * self.dp
         if plane % (self.etp * self.ep):
             raise InputError(
@@ -54,11 +58,24 @@ class Layout:
                 nearest_divisor(plane // self.etp, self.ep) if plane % self.etp == 0 else None,
             )
 
+    def _check_stages(self, layers: tuple[int, ...]) -> None:
+        if len(layers) != self.pp:
+            raise InputError("layout.stage_layers", list(layers), f"names {len(layers)} stages, pp={self.pp}")
+        if min(layers) < 1:
+            raise InputError("layout.stage_layers", list(layers), "each stage has at least one layer")
+        if self.vpp > 1:
+            raise InputError("layout.vpp", self.vpp, "stages of unequal layers have no virtual ones", 1)
+
     @classmethod
     def of(cls, spec: LayoutSpec) -> Layout:
         """The layout of a resolved spec; degrees that it leaves None are 1."""
         given: dict[str, Any] = dict(spec.degrees)
-        return cls(**given)
+        return cls(**given, stage_layers=spec.stage_layers)
+
+    def layers_of(self, stage: int, layers: int) -> range:
+        """Of a model of so many layers, those of a pipeline stage (without virtual ones), from 0."""
+        each = self.stage_layers or (layers // self.pp,) * self.pp
+        return range(sum(each[:stage]), sum(each[: stage + 1]))
 
     @property
     def world(self) -> int:
@@ -114,12 +131,14 @@ class Layout:
 
     @cached_property
     def label(self) -> str:
-        """Degrees above 1, for a table or a log line: `tp2 dp2 ep2`."""
+        """Degrees above 1, for a table or a log line: `tp2 dp2 ep2`, `pp2 (3+5 layers)`."""
         axes = ("tp", "cp", "dp", "pp", "vpp", "ep", "etp")
         shown = [f"{axis}{self.degree(axis)}" for axis in axes if self.degree(axis) > 1]
+        if self.stage_layers is not None:
+            shown.append(f"({'+'.join(map(str, self.stage_layers))} layers)")
         return " ".join(shown) or "one rank"
 
-    def as_dict(self) -> dict[str, int | bool]:
+    def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "edp": self.edp}
 
 

@@ -94,11 +94,14 @@ def _small(job: JobSpec, layout: Layout, fallbacks: dict[str, object]) -> JobSpe
     degrees = {axis: layout.degree(axis) for axis in DEGREES}
     before = Layout.of(job.layout)
     train, micro_batch = _batch(job, layout)
-    spec = job.layout.model_copy(update={**degrees, **fallbacks, "micro_batch": micro_batch})
+    model = _model(job.model, before, layout)
+    changed = {**degrees, **fallbacks, "micro_batch": micro_batch}
+    changed["stage_layers"] = _stage_layers(before, layout.pp, model.layers)
+    spec = job.layout.model_copy(update=changed)
     return JobSpec(
         name=job.name,
         engine=job.engine,
-        model=_model(job.model, before, layout),
+        model=model,
         data=DataSpec(files=("random",), packing=job.data.packing),
         cluster=ClusterSpec(name="laptop", device="cpu", hardware="laptop_cpu", devices_per_node=layout.world),
         layout=spec,
@@ -106,6 +109,18 @@ def _small(job: JobSpec, layout: Layout, fallbacks: dict[str, object]) -> JobSpe
         checkpoint=job.checkpoint,
         policy=job.policy,
     )
+
+
+def _stage_layers(before: Layout, stages: int, layers: int) -> tuple[int, ...] | None:
+    """Unequal where they were, by a layer that the largest of the stages takes from the smallest."""
+    if before.stage_layers is None or stages == 1:
+        return None
+    kept, each = before.stage_layers[:stages], [layers // stages] * stages
+    each[0] += layers % stages
+    if max(kept) > min(kept) and each[kept.index(min(kept))] > 1:
+        each[kept.index(min(kept))] -= 1
+        each[kept.index(max(kept))] += 1
+    return tuple(each)
 
 
 def _multiple(size: int, floor: int, *divided_by: tuple[int, int]) -> int:

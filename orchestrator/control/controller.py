@@ -50,10 +50,11 @@ class Controller:
         self._stop_wanted: Literal["cancelled", "interrupted"] | None = None
         self._kill_wanted = False
         self._looked_for_cancel = 0.0
-        from orchestrator.control.stragglers import Stragglers  # with NumPy, which a plan does without
+        from orchestrator.control.stragglers import Straggler, Stragglers  # with NumPy, which a plan does without
 
-        self._stragglers, self._slow = Stragglers(self._layout), set[tuple[int, str]]()
+        self._stragglers, self._slow = Stragglers(self._layout), dict[tuple[int, str], Straggler]()
         self._slow_node: str | None = None
+        self._relieved: JobSpec | None = None
         self._waiting: set[str | None] = set()
         """Nodes all of whose ranks wait for others, since the last step."""
 
@@ -88,7 +89,8 @@ class Controller:
 
     def _go_on(self, decision: Restart | Replan) -> Stop | None:
         """Between two attempts: another layout, a pause, other nodes, as was decided."""
-        policy, node_lost = self._job.policy, bool(self._failures) and self._failures[-1].kind == "node_lost"
+        policy, failed = self._job.policy, not (self._slow_node or self._relieved)
+        node_lost = failed and self._failures[-1].kind == "node_lost"
         if isinstance(decision, Replan) and (job := replanning.needing_less_memory(self._job)):
             self._replan(job, "one that needs less memory")
         delay = decision.delay_seconds if isinstance(decision, Restart) else 0.0
@@ -101,6 +103,9 @@ class Controller:
             self._record.confirm()
             if stop := self._stopped():
                 return stop
+        if self._relieved:
+            self._replan(self._relieved, "less for a slow stage")
+            self._relieved = None
         quarantined = self._quarantine(suspects(self._failures, policy))
         if not node_lost and not quarantined and not self._slow_node:
             return None
@@ -202,10 +207,10 @@ class Controller:
             stop = self._stopped()
             if failure and not stop:
                 return self._recover(failure)
-            if self._slow_node and not stop:
+            if (self._slow_node or self._relieved) and not stop:
                 self._machines.kill_ranks()
                 self._record.ledger.switch("restart", time.time())
-                return Restart(reason=f"{self._slow_node} is slower than its peers")
+                return Restart(reason="a rank is slower than its peers")
             if stop and asked_at is None:
                 asked_at = time.monotonic()
                 self._record.set_state("stopping", stop.reason)
@@ -273,8 +278,8 @@ class Controller:
             record.ledger.switch("detect", report.at - report.data["seconds"])
         if report.kind in ("checkpoint_written", "checkpoint_staged"):
             record.ledger.stall(report.at, report.data["seconds"])
-        if report.kind == "checkpoint_written" and self._slow and self._job.policy.on_straggler == "quarantine":
-            self._leave_slow_node()
+        if report.kind == "checkpoint_written":
+            self._answer_slowness()
         if report.kind == "rank_exited":
             assert report.rank is not None
             exited[report.rank] = report.data["code"]
@@ -289,16 +294,21 @@ class Controller:
                 record.event(
                     Event(kind="rank_slow", message=straggler.text, rank=straggler.rank, data=asdict(straggler))
                 )
-        self._slow = {(straggler.rank, straggler.cause) for straggler in slow}
+        self._slow = {(straggler.rank, straggler.cause): straggler for straggler in slow}
         if slower := self._stragglers.slower():
             record.run.append("ranks.jsonl", [{"step": step, "slower": slower}])
 
-    def _leave_slow_node(self) -> None:
-        """Where nothing is lost by it and the cluster has another: routing's slowness is no node's."""
-        ranks = sorted(rank for rank, cause in self._slow if cause != "routing")
-        nodes = {self._machines.nodes[rank // self._job.cluster.devices_per_node] for rank in ranks[:1]}
-        if self._quarantine(nodes):
-            (self._slow_node,) = nodes
+    def _answer_slowness(self) -> None:
+        """At a checkpoint, where nothing is lost by it. Routing's slowness is no machine's."""
+        policy, slow = self._job.policy.on_straggler, [each for each in self._slow.values() if each.cause != "routing"]
+        if policy == "report" or not slow:
+            return
+        worst = max(slow, key=lambda each: each.lost)
+        if policy == "replan" and worst.cause == "compute":
+            self._relieved = replanning.relieving(self._job, worst.rank, worst.slower)
+        node = self._machines.nodes[worst.rank // self._job.cluster.devices_per_node]
+        if policy == "quarantine" and self._quarantine({node}):
+            self._slow_node = node
 
     def _look_at_loss(self, line: dict[str, Any]) -> Failure | None:
         first = self._divergence.add(line["step"], line["loss"], line["grad_norm"])

@@ -7,6 +7,7 @@ sum is fitted by memory_fitting.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -111,6 +112,8 @@ def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
     per_chunk, over = divmod(model.layers, parts)
     starts = [per_chunk * part + min(over, max(0, part - 1)) for part in range(parts + 1)]
     starts[-1] = model.layers
+    if layout.stage_layers is not None:
+        starts = [0, *itertools.accumulate(layout.stage_layers)]
     every_layer = model.attention_split_parameters // tp + model.attention_replicated_parameters + model.norm_parameters
     dense_ffn = model.ffn_parameters // tp
     gate = model.hidden * model.shared_expert_gate
@@ -151,7 +154,7 @@ class Kind(NamedTuple):
     number: int
 
 
-@kept_by("model", *(f"layout.{degree}" for degree in ("tp", "pp", "vpp", "ep", "etp")))
+@kept_by("model", *(f"layout.{degree}" for degree in ("tp", "pp", "vpp", "ep", "etp", "stage_layers")))
 def kinds(workload: Workload) -> tuple[Kind, ...]:
     every = stages(workload.model, workload.layout)
     return tuple(Kind(stage, every.index(stage), number) for stage, number in Counter(every).items())

@@ -62,6 +62,8 @@ def outside_the_config(job: JobSpec) -> list[str]:
     }
     said = [f"{axis}={degrees[axis]}: {place.format(degrees[axis])}" for axis, place in places.items()]
     found = [text for axis, text in zip(places, said, strict=True) if degrees[axis] > 1]
+    if job.layout.stage_layers is not None:
+        found.append(f"stage_layers: a PipelineModule whose stages have {list(job.layout.stage_layers)} layers")
     if job.layout.recompute == "full":
         found.append("recompute=full: deepspeed.checkpointing.checkpoint around each layer")
     return found

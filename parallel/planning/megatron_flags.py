@@ -64,6 +64,8 @@ def _layout(layout: LayoutSpec) -> dict[str, Flag]:
         flags["cp-comm-type"] = "p2p" if layout.context_attention == "ring" else "all_gather"
     if degrees["vpp"] > 1:
         flags["num-virtual-stages-per-pipeline-rank"] = degrees["vpp"]
+    if layout.stage_layers is not None:
+        flags["pipeline-model-parallel-layout"] = f"E{'|'.join('t' * layers for layers in layout.stage_layers)}L"
     if layout.recompute == "full":
         flags |= {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
     elif layout.recompute == "selective":

@@ -108,9 +108,11 @@ class Search:
             if rest or dp not in choices["dp"]:
                 continue
             try:
-                mesh = Layout(tp=tp, cp=cp, dp=dp, pp=pp, vpp=fixed.vpp or 1)
+                mesh = Layout(tp=tp, cp=cp, dp=dp, pp=pp, vpp=fixed.vpp or 1, stage_layers=fixed.stage_layers)
             except InputError as error:
-                self._reject("virtual stages", "vpp", error.rule)
+                uneven = error.path == "layout.stage_layers"
+                rule = f"stage_layers={list(fixed.stage_layers or ())}: {error.rule}" if uneven else error.rule
+                self._reject(*(("stages", "pp") if uneven else ("virtual stages", "vpp")), rule)
                 continue
             left = self._ruled(ATTENTION_RULES, mesh, self._variants)
             if left:
@@ -138,7 +140,7 @@ class Search:
         """The layout with each number of virtual stages that the engine and some micro-batch take."""
         yield layout
         model, share = self.job.model, self.job.train.global_batch // layout.dp
-        if self.job.layout.vpp is None and layout.pp > 1 and share % layout.pp == 0:
+        if self.job.layout.vpp is None and layout.pp > 1 and layout.stage_layers is None and share % layout.pp == 0:
             for vpp in divisors(model.layers // layout.pp)[1:]:
                 staged = replace(layout, vpp=vpp)
                 if refusal(ATTENTION_RULES, staged, self._variants[0].job) is None:

@@ -72,7 +72,7 @@ def _divided(rank: int, layout: Layout) -> tuple[np.ndarray, dict[str, tuple[tup
     deepspeed.init_distributed("gloo", dist_init_required=False)
     at = layout.coordinates(rank)
     tensor, sequence = new_group(layout, "tp"), new_group(layout, "cp")
-    stage, (tokens, target, documents) = Stage(MODEL, 0, 1).double(), _data()
+    stage, (tokens, target, documents) = Stage(MODEL, range(MODEL.layers)).double(), _data()
     split_tensors(stage, tensor)
     split_sequence(stage, sequence)
     _fill(stage, layout.tp, at["tp"])

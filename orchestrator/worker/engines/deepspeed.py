@@ -197,7 +197,8 @@ class DeepSpeedEngine:
         """Without values yet; weights in the precision that they are trained in, router biases in fp32."""
         job, layout, mesh = self._job, self._layout, self._mesh
         with torch.device("meta"):
-            decoder = WholeModel(job.model, mesh) if layout.pp == 1 else Stage(job.model, mesh.at["pp"], layout.pp)
+            layers = layout.layers_of(mesh.at["pp"], job.model.layers)
+            decoder = WholeModel(job.model, mesh) if layout.pp == 1 else Stage(job.model, layers)
         if layout.ep > 1:
             group = self._expert_group()
             for layer in decoder.modules():

@@ -486,3 +486,25 @@ def test_ranks_that_were_asked_from_outside_are_begun_again_for_nothing(stage: S
     play = stage(started(), trained(1), all_exited(75), [], *again, spec=spec)
     assert play.play() == Stop(state="done", reason="trained 2 steps")
     assert play.told("restarting") == ["restart 0 of at most 0"]
+
+
+def test_a_slow_stage_is_given_fewer_layers_at_the_next_checkpoint(stage: SetUp) -> None:
+    layout = ("layout.tp=1", "layout.dp=2", "layout.ep=2", "layout.pp=2", "layout.vpp=1", "layout.micro_batch=2")
+    spec = job("model.layers=6", *layout, "train.steps=40", "policy.on_straggler=replan")
+
+    def reports(step: int, attempt: int) -> list[Report]:
+        slow = {"step_seconds": 0.9, "phase_seconds": {"data": 0.1, "compute": 0.8}}
+        return [step_report(step, rank, attempt, **(slow if rank == 3 else {})) for rank in RANKS]
+
+    def saved(step: int, attempt: int) -> Report:
+        data = {"step": step, "seconds": 0.1}
+        return Event(kind="checkpoint_written", message="", attempt=attempt, rank=0, data=data)
+
+    first = [report for step in range(1, 21) for report in reports(step, 1)]
+    second = [report for step in range(21, 41) for report in reports(step, 2)]
+    again = [*second, saved(40, 2)], all_exited(attempt=2)
+    play = stage(started() + first, [saved(20, 1)], started(2, 20), *again, spec=spec)
+    assert play.play().state == "done"
+    assert play.told("rank_slow")[0].startswith("rank 3 computes more slowly than its peers")
+    assert play.told("replanned") == ["dp2 pp2 ep2 -> dp2 pp2 ep2 (4+2 layers), micro-batch 2: less for a slow stage"]
+    assert [launches[0].job.layout.stage_layers for launches in play.machines.launched] == [None, (4, 2)]

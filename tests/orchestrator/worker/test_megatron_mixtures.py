@@ -151,13 +151,14 @@ def _legs(ranks: Ranks, first: JobSpec, second: JobSpec, folder: Path) -> Iterat
     [
         ({"dp": 4, "ep": 2, "optimizer_replicas": 2}, {"tp": 2, "dp": 2, "ep": 2}),
         ({"dp": 2, "ep": 2}, {"dp": 4, "optimizer_replicas": 4}),
+        ({"dp": 2, "pp": 2, "ep": 2, "stage_layers": (1, 3)}, {"pp": 3, "stage_layers": (2, 1, 1)}),
     ],
     ids=str,
 )
 def test_optimizer_state_and_biases_change_layout(
     ranks: Ranks, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
 ) -> None:
-    model = {**_BALANCED, "router_score": "sigmoid"}
+    model = {**_BALANCED, "router_score": "sigmoid", "layers": 4}
     spec, account = expected(ranks, job(model, first))
     other = spec.model_copy(update={"layout": job(model, second).layout})
     early, late = _legs(ranks, spec, other, tmp_path / "half")
