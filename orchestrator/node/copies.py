@@ -31,11 +31,13 @@ class Copies:
         self._peer_name = ""
         self._sent: dict[int, list[Header]] = {}
         self._told = False
-        threading.Thread(target=self._keep_sending, daemon=True).start()
+        self._thread = threading.Thread(target=self._keep_sending, daemon=True)
 
     def send_to(self, peer: Any, name: str) -> None:
         """From now on this agent, an actor of Ray's, holds the copies. It may have none yet."""
         self._peer, self._peer_name, self._sent, self._told = peer, name, {}, False
+        if self._thread.ident is None:
+            self._thread.start()
 
     def fetch(self, rank: int, memory: int) -> None:
         """Fill a rank's new memory from what the peer keeps of it: its node was lost, and this is in its place."""

@@ -50,7 +50,7 @@ class WholeModel(Stage):
     """The only stage and its loss, in one: DeepSpeed prepares backward by the tensors that its module gives."""
 
     def __init__(self, model: ModelArchitecture, mesh: Mesh) -> None:
-        super().__init__(model, 0, 1)
+        super().__init__(model, range(model.layers))
         self._mesh = mesh
 
     def forward(self, batch: MicroBatch, scale: Tensor, auxiliary_weight: float) -> tuple[Tensor, Tensor]:
