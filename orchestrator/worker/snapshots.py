@@ -7,7 +7,7 @@ always whole; what each holds is told by a header that is written last, with a c
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import hashlib
 import mmap
 import os
@@ -38,6 +38,49 @@ _SHARE_OF_MEMORY = 0.8
 """Of what the node has free, that snapshots of its ranks may take."""
 
 
+class _Copy:
+    """Of a state to its place in memory, which may be made again and again: both stay where they are.
+
+    From a device, piece by piece. Its link serves in order of arrival, whatever the stream: where a router tells the
+    host its counts, in each layer, they wait for all that was queued before, which so is one piece at most.
+    """
+
+    def __init__(self, state: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
+        self.length = _length(state)
+        self._pieces: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+        self._stream = torch.cuda.Stream() if any(tensor.is_cuda for tensor in state) else None
+        free = 0
+        for tensor, view in zip(state, views, strict=True):
+            elements = _CHUNK_BYTES // tensor.element_size()
+            for source, target in zip(tensor.view(-1).split(elements), view.view(-1).split(elements), strict=True):
+                size = source.numel() * source.element_size()
+                if size > free:
+                    self._pieces.append(([], []))
+                    free = _CHUNK_BYTES
+                sources, targets = self._pieces[-1]
+                sources.append(source)
+                targets.append(target)
+                free -= size
+
+    def await_update(self) -> None:
+        """On the training thread: what follows there is not copied."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def run(self) -> None:
+        """Until all is copied; on any thread."""
+        if self._stream is None:
+            for sources, targets in self._pieces:
+                torch._foreach_copy_(targets, sources)
+            return
+        copied = torch.cuda.Event(blocking=True)  # sleeps: the interpreter's lock is the training thread's
+        with torch.cuda.stream(self._stream):
+            for sources, targets in self._pieces:
+                torch._foreach_copy_(targets, sources, non_blocking=True)
+                copied.record(self._stream)
+                copied.synchronize()
+
+
 class Snapshots:
     """Made on every rank. `begin` after a step, `finish` before the next update; both on the training thread."""
 
@@ -48,6 +91,7 @@ class Snapshots:
         self._memory: mmap.mmap | None = None
         self._size = 0
         self._newest: int | None = None
+        self._copies: dict[int, _Copy] = {}
         cores = len(os.sched_getaffinity(0)) // launch.job.cluster.devices_per_node
         self._threads = max(1, min(cores // 2, _MOST_THREADS))
         self._thread: threading.Thread | None = None
@@ -105,18 +149,16 @@ class Snapshots:
         if not self._interval or step // self._interval == newest // self._interval:
             return
         began = time.monotonic()
-        state = engine.state()
-        assert state is not None
         self._newest, place = step, self._oldest()
         write_header(self._descriptor, place, NOTHING)
-        views = self._views(state, place)
+        if place not in self._copies:
+            state = engine.state()
+            assert state is not None
+            self._copies[place] = _Copy(state, self._views(state, place))
+        copy = self._copies[place]
+        copy.await_update()
         self._copied.clear()
-        stream, event = None, None
-        if state[0].is_cuda:
-            stream, event = torch.cuda.Stream(), torch.cuda.Event()
-            stream.wait_stream(torch.cuda.current_stream())
-        given = (state, views, place, step, stream, event)
-        self._thread = threading.Thread(target=self._copy, args=given, daemon=True)
+        self._thread = threading.Thread(target=self._keep, args=(copy, place, step), daemon=True)
         self._thread.start()
         self.stall_seconds += time.monotonic() - began
 
@@ -127,26 +169,13 @@ class Snapshots:
         self.stall_seconds += time.monotonic() - began
 
     @torch.no_grad()
-    def _copy(
-        self,
-        state: Sequence[torch.Tensor],
-        views: Sequence[torch.Tensor],
-        place: int,
-        step: int,
-        stream: torch.cuda.Stream | None,
-        event: torch.cuda.Event | None,
-    ) -> None:
+    def _keep(self, copy: _Copy, place: int, step: int) -> None:
         try:
-            with torch.cuda.stream(stream):  # nothing where there is none
-                for tensor, view in zip(state, views, strict=True):
-                    view.copy_(tensor, non_blocking=stream is not None)
-                if stream is not None and event is not None:
-                    event.record(stream)
-                    event.synchronize()
+            copy.run()
         finally:  # whatever happened to the copy, training is not to wait for it
             self._copied.set()
-        length = _length(state)
-        write_header(self._descriptor, place, Header(step, length, self._checksum(place, length), self._owner))
+        checksum = self._checksum(place, copy.length)
+        write_header(self._descriptor, place, Header(step, copy.length, checksum, self._owner))
 
     def _fits(self, length: int) -> bool:
         """Whether this node has memory for the snapshots of all its ranks; told where it has not."""
@@ -177,14 +206,18 @@ class Snapshots:
         """Pinned, the device copies there at its link's full speed; where that is refused it copies more slowly."""
         memory = self._memory
         assert memory is not None
-        for at in range(0, self._size, _CHUNK_BYTES):  # in pieces, for other threads wait meanwhile
-            with contextlib.suppress(OSError):  # an older kernel's pages are made as they are written
-                memory.madvise(_POPULATE_WRITE, at, min(_CHUNK_BYTES, self._size - at))
+        first = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        madvise = ctypes.CDLL(None).madvise  # mmap's own keeps the interpreter's lock, and training waits for it
+
+        def populate(at: int) -> None:  # an older kernel refuses, and its pages are made as they are written
+            length = min(_CHUNK_BYTES, self._size - at)
+            madvise(ctypes.c_void_p(first + at), ctypes.c_size_t(length), _POPULATE_WRITE)
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(populate, range(0, self._size, _CHUNK_BYTES)))
         for place in range(PLACES) if pinned else ():
-            content = torch.frombuffer(
-                memory, dtype=torch.uint8, count=room(self._size), offset=start(self._size, place)
-            )
-            torch.cuda.cudart().cudaHostRegister(content.data_ptr(), content.numel(), 0)
+            at = first + start(self._size, place)
+            torch.cuda.cudart().cudaHostRegister(at, room(self._size), 0)
 
     def _open(self) -> bool:
         self._size = os.fstat(self._descriptor).st_size

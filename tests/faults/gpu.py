@@ -53,7 +53,14 @@ def snapshots(root: Path, cluster: str, steps: int) -> dict[str, Any]:
 
 def faults(root: Path, cluster: str) -> list[dict[str, Any]]:
     chaos = ", ".join(f"{{kind: {kind}, rank: 0, step: {step}}}" for step, kind in FAULTS.items())
-    run = train(root, cluster, "train.steps=100", f"checkpoint.snapshot_interval={INTERVAL}", f"chaos=[{chaos}]")
+    run = train(
+        root,
+        cluster,
+        "train.steps=100",
+        f"checkpoint.snapshot_interval={INTERVAL}",
+        "policy.max_restarts=9",
+        f"chaos=[{chaos}]",
+    )
     events, metrics = lines(run / "events.jsonl"), lines(run / "metrics.jsonl")
     rows = []
     for fault in (event for event in events if event["kind"] == "fault_injected"):
@@ -68,6 +75,7 @@ def faults(root: Path, cluster: str) -> list[dict[str, Any]]:
                 "found": found["message"],
                 "found_seconds": found["at"] - fault["at"],
                 "next_step_seconds": step["at"] - fault["at"],
+                "first_step_seconds": step["at"] - began["at"],
                 "steps_lost": fault["data"]["step"] - 1 - began["data"]["start_step"],
                 "from_memory": began["data"]["from_memory"],
                 "build_seconds": began["data"]["build_seconds"],
@@ -90,15 +98,17 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="where the figures are kept")
     options = parser.parse_args()
     cluster = f"cluster.devices_per_node={options.devices}"
+    document = {"machine": machine(), "devices": options.devices}
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="5f-") as name:
-        document = {
-            "machine": machine(),
-            "devices": options.devices,
-            "faults": faults(Path(name), cluster),
-            "snapshots": snapshots(Path(name), cluster, options.steps),
-        }
-    if options.json:
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+        document["faults"] = faults(Path(name), cluster)
+        keep(document, options.json)
+        document["snapshots"] = snapshots(Path(name), cluster, options.steps)
+        keep(document, options.json)
+
+
+def keep(document: dict[str, Any], file: str | None) -> None:
+    if file:
+        Path(file).write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
