@@ -1,8 +1,9 @@
 """Whether a node's ranks make progress, judged from outside by what each phase usually takes. Pure.
 
 One rule serves a step of 50 ms and one of 50 s: a phase is too long beyond five times what it took in 99 cases of 100
-on this node, and never before a floor. Ranks that wait in a collective wait for somebody: who is not in one is to
-blame, or is in another than the rest.
+on this node, and never before a floor. A rank's first of an attempt is told from its later ones, for it takes what is
+made once: kernels, communicators, pinned memory. Ranks that wait in a collective wait for somebody: who is not in one
+is to blame, or is in another than the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LONG_FLOOR = 30.0
 """Of phases that stores and evaluations stretch."""
 _FIRST: dict[Phase, float] = {"start": 600.0, "build": 900.0, "restore": 3600.0, "checkpoint": 3600.0}
 _FIRST_OTHERS = 300.0
-"""Before a phase was ever over on this node, kernels are chosen, communicators made, files found."""
+"""Before a first was ever over on this node, nothing is known of it."""
 _ORDER: tuple[Phase, ...] = ("start", "build", "restore", "data", "compute", "evaluate", "agree", "checkpoint", "end")
 
 
@@ -70,8 +71,10 @@ class Watch:
     """Of the ranks of one node, through all their attempts."""
 
     def __init__(self) -> None:
-        self._usual: dict[Phase, list[float]] = {}
-        """Seconds that phases took, ascending; a thousand or so of each."""
+        self._usual: dict[tuple[Phase, bool], list[float]] = {}
+        """Seconds that phases took, and that the first of a rank in an attempt did, ascending; a thousand of each."""
+        self._left: set[tuple[int, Phase]] = set()
+        """What ranks have left once in this attempt."""
         self._visited: dict[int, tuple[int, int]] = {}
         """By rank: its step, and how many phases it has left in it."""
         self._stopped: dict[int, float] = {}
@@ -81,10 +84,12 @@ class Watch:
         """With an attempt, whose ranks are others."""
         self._stopped.clear()
         self._visited.clear()
+        self._left.clear()
 
-    def limit(self, phase: Phase) -> float:
-        """Seconds beyond which a phase is too long."""
-        usual = self._usual.get(phase)
+    def limit(self, rank: int, phase: Phase) -> float:
+        """Seconds beyond which a phase of a rank is too long."""
+        first = self._usual.get((phase, True))
+        usual = first if (rank, phase) not in self._left else self._usual.get((phase, False), first)
         if not usual:
             return _FIRST.get(phase, _FIRST_OTHERS)
         return max(_FLOOR.get(phase, _LONG_FLOOR), _FACTOR * usual[int(0.99 * (len(usual) - 1))])
@@ -96,7 +101,7 @@ class Watch:
         if stall := self._find_stopped(now, readings):
             return stall
         late = {
-            rank: (now - reading.beat.since) / self.limit(reading.beat.phase)
+            rank: (now - reading.beat.since) / self.limit(rank, reading.beat.phase)
             for rank, reading in readings.items()
             if reading.beat.phase != "end"
         }
@@ -108,7 +113,7 @@ class Watch:
             return None
         rank, kind = blamed
         since, phase = readings[worst].beat.since, readings[worst].beat.phase
-        return Stall(rank, kind, readings[rank].beat, now - since, self.limit(phase))
+        return Stall(rank, kind, readings[rank].beat, now - since, self.limit(worst, phase))
 
     def _find_stopped(self, now: float, readings: Mapping[int, Reading]) -> Stall | None:
         """A rank that cannot run is told of whatever it was at: no phase takes that."""
@@ -145,7 +150,8 @@ class Watch:
         step, count = self._visited.get(rank, (beat.step, 0))
         self._visited[rank] = beat.step, (count if step == beat.step else 0) + len(beat.over)
         for phase, seconds in beat.over:
-            usual = self._usual.setdefault(phase, [])
+            usual = self._usual.setdefault((phase, (rank, phase) not in self._left), [])
+            self._left.add((rank, phase))
             insort(usual, seconds)
             if len(usual) > 2000:
                 del usual[::2]

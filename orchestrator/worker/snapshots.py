@@ -26,7 +26,10 @@ from orchestrator.snapshot_memory import NOTHING, PLACES, Header, headers, room,
 from orchestrator.worker.engines.protocol import Engine
 from orchestrator.worker.reporter import Reporter
 
-_CHUNK_BYTES = 1 << 24
+_COPIED_BYTES = 1 << 25
+_TOUCHED_BYTES = 1 << 24
+_SUMMED_BYTES = 1 << 28
+"""At once. Each piece takes the interpreter's lock from the training thread a few times; of those copied see _Copy."""
 _ALIGNED = 64
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE of Linux 5.14, which Python 3.11 has no name for."""
@@ -51,12 +54,12 @@ class _Copy:
         self._stream = torch.cuda.Stream() if any(tensor.is_cuda for tensor in state) else None
         free = 0
         for tensor, view in zip(state, views, strict=True):
-            elements = _CHUNK_BYTES // tensor.element_size()
+            elements = _COPIED_BYTES // tensor.element_size()
             for source, target in zip(tensor.view(-1).split(elements), view.view(-1).split(elements), strict=True):
                 size = source.numel() * source.element_size()
                 if size > free:
                     self._pieces.append(([], []))
-                    free = _CHUNK_BYTES
+                    free = _COPIED_BYTES
                 sources, targets = self._pieces[-1]
                 sources.append(source)
                 targets.append(target)
@@ -90,6 +93,7 @@ class Snapshots:
         self._owner = _owner(launch)
         self._memory: mmap.mmap | None = None
         self._size = 0
+        self._pinned: set[int] = set()
         self._newest: int | None = None
         self._copies: dict[int, _Copy] = {}
         cores = len(os.sched_getaffinity(0)) // launch.job.cluster.devices_per_node
@@ -115,25 +119,43 @@ class Snapshots:
 
         above: the step of the newest checkpoint, which is as good as a snapshot of the same.
         """
-        places = {step: place for step, place in self._whole().items() if step > above}
         state = engine.state() if self._interval else None
         fits = state is not None and self._fits(_length(state))
+        places = {step: place for step, place in self._offered().items() if step > above}
         told: list[tuple[set[int], bool]] = [(set(), False)] * dist.get_world_size()
         dist.all_gather_object(told, (set(places), fits))
-        common = max(set.intersection(*(steps for steps, _ in told)), default=None)
-        if common is not None:
-            self._take_up(engine, common, places[common])
+        common = sorted(set.intersection(*(steps for steps, _ in told)))
+        while common and not self._all_whole(common[-1], places[common[-1]]):
+            common.pop()
+        if common:
+            self._take_up(engine, common[-1], places[common[-1]])
         if state is not None and all(fit for _, fit in told):
             self._make_room(state)
         else:
             self._interval = 0
-        return common
+        return common[-1] if common else None
+
+    def _all_whole(self, step: int, place: int) -> bool:
+        """Collective. Whether each rank's snapshot of a step is what was written."""
+        header = headers(self._descriptor)[place]
+        whole = self._checksum(place, header.length) == header.checksum
+        if not whole:
+            text = f"rank {self._launch.rank}'s snapshot of step {step} is damaged and left aside"
+            self._reporter.event("snapshot_damaged", text, step=step)
+        told = [False] * dist.get_world_size()
+        dist.all_gather_object(told, whole)
+        return all(told)
 
     def _take_up(self, engine: Engine, step: int, place: int) -> None:
         state = engine.state()
         assert state is not None
+        on_device = any(tensor.is_cuda for tensor in state)
+        if on_device:
+            self._pin(place)
         for tensor, kept in zip(state, self._views(state, place), strict=True):
-            tensor.copy_(kept)
+            tensor.copy_(kept, non_blocking=on_device)
+        if on_device:
+            torch.cuda.synchronize()
         engine.restored(step)
         if self._launch.rank == 0:
             text = f"the state of step {step} is restored from memory"
@@ -203,21 +225,27 @@ class Snapshots:
         self._thread.start()
 
     def _touch(self, pinned: bool) -> None:
-        """Pinned, the device copies there at its link's full speed; where that is refused it copies more slowly."""
-        memory = self._memory
-        assert memory is not None
-        first = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        first, size = self._address(0), self._size
         madvise = ctypes.CDLL(None).madvise  # mmap's own keeps the interpreter's lock, and training waits for it
 
         def populate(at: int) -> None:  # an older kernel refuses, and its pages are made as they are written
-            length = min(_CHUNK_BYTES, self._size - at)
+            length = min(_TOUCHED_BYTES, size - at)
             madvise(ctypes.c_void_p(first + at), ctypes.c_size_t(length), _POPULATE_WRITE)
 
         with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(populate, range(0, self._size, _CHUNK_BYTES)))
+            list(pool.map(populate, range(0, size, _TOUCHED_BYTES)))
         for place in range(PLACES) if pinned else ():
-            at = first + start(self._size, place)
-            torch.cuda.cudart().cudaHostRegister(at, room(self._size), 0)
+            self._pin(place)
+
+    def _pin(self, place: int) -> None:
+        """The device copies there at its link's full speed then; where it is refused, more slowly."""
+        if place not in self._pinned:
+            torch.cuda.cudart().cudaHostRegister(self._address(start(self._size, place)), room(self._size), 0)
+            self._pinned.add(place)
+
+    def _address(self, at: int) -> int:
+        assert self._memory is not None
+        return torch.frombuffer(self._memory, dtype=torch.uint8, offset=at, count=1).data_ptr()
 
     def _open(self) -> bool:
         self._size = os.fstat(self._descriptor).st_size
@@ -226,20 +254,15 @@ class Snapshots:
         self._memory = mmap.mmap(self._descriptor, self._size)
         return True
 
-    def _whole(self) -> dict[int, int]:
-        """Places by the step of what they hold of this very training, verified."""
+    def _offered(self) -> dict[int, int]:
+        """Places by the step of what they should hold of this very training."""
         if self._memory is None and not self._open():
             return {}
-        found = {}
-        for place, header in enumerate(headers(self._descriptor)):
-            if header.step < 0 or header.owner != self._owner or header.length > room(self._size):
-                continue
-            if self._checksum(place, header.length) != header.checksum:
-                text = f"rank {self._launch.rank}'s snapshot of step {header.step} is damaged and left aside"
-                self._reporter.event("snapshot_damaged", text, step=header.step)
-                continue
-            found[header.step] = place
-        return found
+        return {
+            header.step: place
+            for place, header in enumerate(headers(self._descriptor))
+            if header.step >= 0 and header.owner == self._owner and header.length <= room(self._size)
+        }
 
     def _oldest(self) -> int:
         steps = [header.step for header in headers(self._descriptor)]
@@ -261,10 +284,10 @@ class Snapshots:
 
         def of_piece(at: int) -> bytes:
             with memoryview(memory) as content:
-                return zlib.crc32(content[at : min(at + _CHUNK_BYTES, begin + length)]).to_bytes(4, "little")
+                return zlib.crc32(content[at : min(at + _SUMMED_BYTES, begin + length)]).to_bytes(4, "little")
 
         with ThreadPoolExecutor(self._threads) as pool:
-            return zlib.crc32(b"".join(pool.map(of_piece, range(begin, begin + length, _CHUNK_BYTES))))
+            return zlib.crc32(b"".join(pool.map(of_piece, range(begin, begin + length, _SUMMED_BYTES))))
 
 
 def _owner(launch: RankLaunch) -> bytes:

@@ -61,6 +61,21 @@ def test_ten_thousand_steps_with_slow_evaluations_and_saves_alarm_nobody() -> No
             over = ((phase, took),)
 
 
+def test_the_first_step_of_each_attempt_may_take_long_and_the_others_no_longer_for_that() -> None:
+    watch, now = Watch(), 0.0
+    for _ in range(4):
+        watch.begin()
+        for step in range(20):
+            took = 0.6 if step else 8.0
+            at_once = {0: Reading(beat(step, "compute", now), False)}
+            assert watch.look(now + took - 1e-3, at_once) is None
+            now += took
+            over: tuple[tuple[Phase, float], ...] = (("compute", took),)
+            assert watch.look(now, {0: Reading(beat(step, "agree", now, over=over), False)}) is None
+    stall = after(watch, now, {0: Reading(beat(20, "compute", now), False)})
+    assert stall.kind == "no progress"
+
+
 @pytest.mark.parametrize("phase", ["compute", "evaluate", "restore"])
 def test_a_rank_that_is_stopped_is_named_though_all_wait_and_though_the_phase_is_new(phase: Phase) -> None:
     watch, now = trained()
