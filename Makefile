@@ -47,6 +47,10 @@ bench-faults: $(VENV)/.ready
 	@$(PIP) 'ray[train]'
 	$(BIN)/python tests/faults/bench.py --json docs/benchmarks/faults.json
 
+# On a machine of two GPUs: a billion-parameter MoE killed, stopped, hung and out of memory; what snapshots cost it.
+bench-faults-gpu:
+	python3 tests/faults/gpu.py --json docs/benchmarks/faults-gpu.json
+
 # How long training waits for a copy of 512 MB of state, beside torch's asynchronous checkpoints.
 bench-snapshot: $(VENV)/.ready
 	PYTHONPATH=. $(BIN)/python tests/faults/snapshot.py --json docs/benchmarks/snapshot.json

@@ -7,9 +7,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from bench import lines, machine
@@ -26,29 +25,44 @@ def train(root: Path, *overrides: str) -> Path:
     """The folder of a run of moe_1b that came to its end."""
     before = set(root.glob("*/job.json"))
     command = [sys.executable, "-m", "orchestrator.cli", "run", "moe_1b", "--run-root", str(root), *overrides]
-    ended = subprocess.run([*command, "checkpoint.interval=1000"], capture_output=True, text=True, timeout=SECONDS)
+    ended = subprocess.run([*command, "checkpoint.interval=0"], capture_output=True, text=True, timeout=SECONDS)
     if ended.returncode:
         sys.exit(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}")
     (made,) = set(root.glob("*/job.json")) - before
     return made.parent
 
 
-def seconds_a_step(run: Path) -> list[float]:
-    """From one step's report to the next, so that all that delays a step is in it."""
-    at = [line["at"] for line in lines(run / "metrics.jsonl") if line["step"] >= SETTLED]
-    return [later - earlier for earlier, later in pairwise(at)]
+def seconds_a_step(run: Path) -> dict[int, float]:
+    """By step, from the report of the one before to its own, so that all that delays it is in it; not of the last."""
+    at = {line["step"]: line["at"] for line in lines(run / "metrics.jsonl")}
+    return {step: at[step] - at[step - 1] for step in at if SETTLED < step < max(at)}
+
+
+def added(seconds: dict[int, float]) -> float:
+    """By snapshots, of a step's time: the steps behind each against the later ones before the next."""
+    behind, later = (
+        [seconds[step] for step in seconds if (step % INTERVAL in range(1, 5)) is near] for near in (True, False)
+    )
+    return (mean(behind) / mean(later) - 1) * 4 / INTERVAL
 
 
 def snapshots(root: Path, cluster: str, steps: int) -> dict[str, Any]:
-    """Runs without and with, in turn: the mean step of each, and what a snapshot adds to ten."""
+    """Runs without and with, in turn: the mean step of each, and what a snapshot adds to the steps behind it."""
     found: dict[int, list[float]] = {0: [], INTERVAL: []}
+    costs: dict[int, list[float]] = {0: [], INTERVAL: []}
     for interval in (0, INTERVAL, INTERVAL, 0):
         run = train(root, cluster, f"train.steps={steps}", f"checkpoint.snapshot_interval={interval}")
-        found[interval].append(mean(seconds_a_step(run)))
-        print(f"snapshots every {interval or 'no'} steps: {found[interval][-1] * 1e3:.1f} ms a step", flush=True)
-    without, with_them = median(found[0]), median(found[INTERVAL])
-    print(f"snapshots every {INTERVAL} steps cost {with_them / without - 1:.2%} of a step")
-    return {"interval": INTERVAL, "mean_step_seconds": found, "cost": with_them / without - 1}
+        seconds = seconds_a_step(run)
+        found[interval].append(mean(seconds.values()))
+        costs[interval].append(added(seconds))
+        print(
+            f"snapshots every {interval or 'no'} steps: {found[interval][-1] * 1e3:.1f} ms a step, "
+            f"those behind a snapshot add {costs[interval][-1]:.2%}",
+            flush=True,
+        )
+    cost = mean(found[INTERVAL]) / mean(found[0]) - 1
+    print(f"snapshots every {INTERVAL} steps cost {cost:.2%} of a step between runs")
+    return {"interval": INTERVAL, "mean_step_seconds": found, "added_within_a_run": costs, "cost_between_runs": cost}
 
 
 def faults(root: Path, cluster: str) -> list[dict[str, Any]]:
@@ -72,7 +86,7 @@ def faults(root: Path, cluster: str) -> list[dict[str, Any]]:
             {
                 "fault": FAULTS[fault["data"]["step"]],
                 "step": fault["data"]["step"],
-                "found": found["message"],
+                "found": found["message"].split("; stacks in")[0],
                 "found_seconds": found["at"] - fault["at"],
                 "next_step_seconds": step["at"] - fault["at"],
                 "first_step_seconds": step["at"] - began["at"],
@@ -94,11 +108,12 @@ def faults(root: Path, cluster: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=2, metavar="N", help="GPUs of this machine to train on")
-    parser.add_argument("--steps", type=int, default=80, metavar="N", help="of each run that times steps")
+    parser.add_argument("--steps", type=int, default=71, metavar="N", help="of each run that times steps")
     parser.add_argument("--json", metavar="FILE", help="where the figures are kept")
     options = parser.parse_args()
     cluster = f"cluster.devices_per_node={options.devices}"
-    document = {"machine": machine(), "devices": options.devices}
+    gpu = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    document = {"machine": {**machine(), "gpu": gpu.stdout.splitlines()[0]}, "devices": options.devices}
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="5f-") as name:
         document["faults"] = faults(Path(name), cluster)
         keep(document, options.json)
