@@ -5,7 +5,7 @@ SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow exact exact-random fuzz-checkpoints lint validate-planner bench-planner chaos bench-faults bench-snapshot bench-watching wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-random fuzz-checkpoints lint validate-planner bench-planner chaos bench-faults bench-faults-gpu bench-snapshot bench-watching wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
