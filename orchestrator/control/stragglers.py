@@ -3,8 +3,9 @@
 A collective makes all step times equal, so what is compared is a rank's time before it waits, with that of ranks that
 do the same work: those of one pipeline stage. By how much a rank is slower is the median over a window of what it takes
 beyond the median of its peers (without itself: it is not to hide in its own median). It is slow where that is a share
-that matters, and more than the spread of all such differences explains (median absolute deviation). Experts with more
-tokens take longer: that is subtracted before a machine is called slow. Pure functions of what is reported.
+that matters, in nearly all steps, for what else a machine does comes in bursts; and more than the spread of all such
+differences explains (median absolute deviation). Experts with more tokens take longer: that is subtracted before a
+machine is called slow. Pure functions of what is reported.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ WINDOW = 16
 
 MATTERS = 0.1
 """Share by which a rank is slower than its peers before anybody is told."""
+_LASTING = 0.25
+"""Share of a window's steps in which it may be less."""
 _MATTERS_OF_STEP = 0.03
 """And share of a step that its peers wait for it."""
 
@@ -190,7 +193,8 @@ def _outliers(seconds: Array, matters: float) -> list[tuple[int, float, float]]:
     # How much one step's difference varies, whoever's it is; of a median of so many steps, as of a normal.
     spread = float(np.median(np.abs(over - lost)))
     certain = CERTAIN * 1.4826 * spread * 1.2533 / steps**0.5
-    slow = (lost > MATTERS * typical) & (lost > matters) & (lost > certain)
+    lasting = np.quantile(over, _LASTING, axis=0)
+    slow = (lasting > MATTERS * typical) & (lasting > matters) & (lost > certain)
     return [(int(at), float(lost[at] / max(typical[at], 1e-9)), float(lost[at])) for at in np.flatnonzero(slow)]
 
 

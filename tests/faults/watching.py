@@ -150,6 +150,7 @@ def healthy(folder: str, steps: int) -> dict[str, Any]:
         "longest_evaluation_seconds": longest,
         "longest_save_seconds": saves,
         "told": counted,
+        "slow": [event["message"] for event in events if event["kind"] == "rank_slow"],
     }
 
 

@@ -72,6 +72,15 @@ def test_a_rank_that_turns_slow_is_told_within_20_steps() -> None:
     assert late <= 1
 
 
+@pytest.mark.parametrize("steps", [5, 9, 10])
+def test_a_rank_that_is_slow_for_a_moment_is_not_told(steps: int) -> None:
+    def make(step: int, rank: int, draw: random.Random) -> tuple[float, float, float, float]:
+        data, compute, delay, routed = even(step, rank, draw)
+        return data, compute * (1.5 if rank == 2 and 30 <= step < 30 + steps else 1), delay, routed
+
+    assert not any(told(make, until) for until in range(30, 60, 2))
+
+
 def test_a_rank_that_waits_for_its_data() -> None:
     def make(step: int, rank: int, draw: random.Random) -> tuple[float, float, float, float]:
         data, compute, delay, routed = even(step, rank, draw)
