@@ -12,6 +12,7 @@ demo: $(VENV)/.ready
 	$(BIN)/fivefold run quickstart layout.tp=2 layout.ep=2 fault.kill_rank=3 fault.at_step=50
 
 test: lint
+	$(BIN)/python -m pytest tests/kernels
 	$(BIN)/python -m pytest
 
 # Longer suites, run before a release.

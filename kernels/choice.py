@@ -1,0 +1,60 @@
+"""Which way an operation goes: Triton's where it runs and takes the tensors, else plain torch, told once."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # torch's CPU builds come without
+    triton = tl = TensorDescriptor = None
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's kernels run on the CPU, an element at a time: for tests."""
+
+_told: set[tuple[str, ...]] = set()
+
+
+def jit(kernel: Function) -> Function:
+    """`triton.jit`, or the function as it is where there is no Triton and nobody will call it."""
+    compiled: Function = kernel if triton is None else triton.jit(kernel)
+    return compiled
+
+
+def triton_runs(tensor: Tensor) -> bool:
+    """Whether Triton has a target for tensors that lie where this one does."""
+    return INTERPRETED if tensor.device.type == "cpu" else triton is not None and tensor.is_cuda
+
+
+def triton_takes(operation: str, reason: str | None, *tensors: Tensor) -> bool:
+    """Whether to take Triton's way; `reason`, if any, says why its kernel does not take these tensors.
+
+    Where it would run but does not take them, warns once for each operation, reason and shapes.
+    """
+    if not triton_runs(tensors[0]):
+        return False
+    if reason is None:
+        return True
+    shapes = ", ".join(f"{'x'.join(map(str, tensor.shape))} {str(tensor.dtype)[6:]}" for tensor in tensors)
+    if (operation, reason, shapes) not in _told:
+        _told.add((operation, reason, shapes))
+        warnings.warn(f"{operation} of {shapes} goes by plain torch: {reason}", stacklevel=3)
+    return False
+
+
+def programs(tensor: Tensor) -> int:
+    """How many programs fill the device when each goes on to further tiles."""
+    if INTERPRETED:
+        return 3
+    import torch
+
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count

@@ -1,0 +1,148 @@
+"""Tokens to the runs of their experts and back, by a permutation of copies: nothing is added by atomics.
+
+A token's copies are summed in the order of its experts, so that equal inputs give equal bits. The order needs no answer
+from the device: a token has as many copies as it has choices, whichever they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.choice import jit, tl, triton, triton_takes
+
+
+@dataclass(frozen=True)
+class Order:
+    """Where the copies of tokens go: rows by expert, an expert's in the order of tokens."""
+
+    row_of: Tensor
+    """int32 [tokens, top_k]: rows of a token's copies, by expert."""
+    token_of: Tensor
+    """int32 [tokens * top_k]: whose copy a row is."""
+    cell_of: Tensor
+    """int64 [tokens * top_k]: a row's place in a flat [tokens, experts]."""
+    ends: Tensor
+    """int32 [experts]: where each expert's rows end."""
+
+
+def order_by_expert(chosen: Tensor, top_k: int) -> Order:
+    """Of bool [tokens, experts], true `top_k` times in each row."""
+    tokens, experts = chosen.shape
+    before = chosen.cumsum(0, dtype=torch.int32)
+    counts = before[-1] if tokens else chosen.sum(0, dtype=torch.int32)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    device, copies = chosen.device, tokens * top_k
+    row_of = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
+    token_of = torch.empty(copies, dtype=torch.int32, device=device)
+    cell_of = torch.empty(copies, dtype=torch.int64, device=device)
+    order = Order(row_of, token_of, cell_of, ends)
+    if not copies:
+        return order
+    if triton_takes("order by expert", None, chosen):
+        padded = max(2, triton.next_power_of_2(experts))
+        _order_kernel[(tokens,)](
+            chosen.contiguous(), before, ends, row_of, token_of, cell_of, experts, top_k, PADDED=padded, num_warps=1
+        )
+        return order
+    token, expert = chosen.nonzero(as_tuple=True)
+    row = (ends - counts)[expert] + before[token, expert] - 1
+    row_of.view(-1).copy_(row)
+    token_of[row.long()] = token.int()
+    cell_of[row.long()] = token * experts + expert
+    return order
+
+
+def permute(hidden: Tensor, order: Order) -> Tensor:
+    """[tokens, hidden] -> a copy for each choice, by expert [tokens * top_k, hidden]."""
+    rows: Tensor = _Permute.apply(hidden, order.token_of, order.row_of)
+    return rows
+
+
+def combine(rows: Tensor, order: Order) -> Tensor:
+    """The inverse: [tokens * top_k, hidden] -> the sum of each token's copies [tokens, hidden], in fp32 at least."""
+    hidden: Tensor = _Combine.apply(rows, order.token_of, order.row_of)
+    return hidden
+
+
+def permute_weights(weights: Tensor, order: Order) -> Tensor:
+    """Of a router's [tokens, experts], each copy's own [tokens * top_k]."""
+    return weights.flatten().gather(0, order.cell_of)
+
+
+def sum_of_copies(rows: Tensor, row_of: Tensor) -> Tensor:
+    """rows [copies, hidden], row_of [tokens, top_k] -> [tokens, hidden], each the sum of its rows in that order."""
+    rows = rows.contiguous()
+    reason = None if rows.element_size() <= 4 else "the kernel takes 16 and 32 bits"
+    if not triton_takes("sum of copies", reason, rows):
+        return plain_sum_of_copies(rows, row_of)
+    tokens, top_k = row_of.shape
+    width = rows.shape[1]
+    out = rows.new_empty(tokens, width)
+    if tokens:
+        _sum_kernel[(tokens, triton.cdiv(width, _COLUMNS))](rows, row_of, out, width, TOP_K=top_k, COLUMNS=_COLUMNS)
+    return out
+
+
+def plain_sum_of_copies(rows: Tensor, row_of: Tensor) -> Tensor:
+    """`sum_of_copies` in plain torch."""
+    precise = torch.promote_types(rows.dtype, torch.float32)
+    return rows[row_of.long()].sum(1, dtype=precise).to(rows.dtype)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
+        ctx.save_for_backward(token_of, row_of)
+        return hidden.index_select(0, token_of)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        token_of, row_of = ctx.saved_tensors
+        return _Combine.apply(grad, token_of, row_of), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token_of: Tensor, row_of: Tensor) -> Tensor:
+        ctx.save_for_backward(token_of, row_of)
+        return sum_of_copies(rows, row_of)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        token_of, row_of = ctx.saved_tensors
+        return _Permute.apply(grad, token_of, row_of), None, None
+
+
+_COLUMNS = 1024
+
+
+@jit
+def _order_kernel(chosen, before, ends, row_of, token_of, cell_of, experts, top_k, PADDED: tl.constexpr):
+    """A program a token: its choices' places among those of their experts, which `before` has counted."""
+    token = tl.program_id(0)
+    expert = tl.arange(0, PADDED)
+    inside = expert < experts
+    mine = tl.load(chosen + token * experts + expert, mask=inside, other=0).to(tl.int32)
+    begin = tl.load(ends + expert - 1, mask=inside & (expert > 0), other=0)
+    row = begin + tl.load(before + token * experts + expert, mask=inside, other=0) - 1
+    slot = tl.cumsum(mine) - 1
+    is_mine = inside & (mine > 0)
+    tl.store(row_of + token * top_k + slot, row, mask=is_mine)
+    tl.store(token_of + row, tl.zeros_like(row) + token, mask=is_mine)
+    tl.store(cell_of + row, (token * experts + expert).to(tl.int64), mask=is_mine)
+
+
+@jit
+def _sum_kernel(rows, row_of, out, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        row = tl.load(row_of + token * TOP_K + choice).to(tl.int64)
+        total += tl.load(rows + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)

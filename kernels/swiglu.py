@@ -1,0 +1,103 @@
+"""SwiGLU (Shazeer 2020) of a gate and a value that lie side by side, each row weighed: silu(gate) * up * weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.choice import jit, tl, triton, triton_takes
+
+
+def weighted_swiglu(wide: Tensor, weights: Tensor) -> Tensor:
+    """wide [n, 2 * width], gate first; weights [n] -> [n, width], in the precision of `wide`; in between fp32 at least."""
+    wide = wide.contiguous()
+    if not triton_takes("weighted SwiGLU", _reason(wide), wide):
+        return plain_weighted_swiglu(wide, weights)
+    rows, width = len(wide), wide.shape[1] // 2
+    out = wide.new_empty(rows, width)
+    if out.numel():
+        _forward_kernel[(rows, triton.cdiv(width, _COLUMNS))](wide, weights.contiguous(), out, width, COLUMNS=_COLUMNS)
+    return out
+
+
+def weighted_swiglu_backward(grad: Tensor, wide: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad [n, width] of the result -> gradients of `wide` and of `weights` (fp32 at least), and the result again.
+
+    In one pass over `grad` and `wide`: what the next linear's weight gradient needs is not kept, it is made here.
+    """
+    grad, wide = grad.contiguous(), wide.contiguous()
+    if not triton_takes("weighted SwiGLU's gradient", _reason(wide), wide):
+        return plain_weighted_swiglu_backward(grad, wide, weights)
+    of_wide, out = torch.empty_like(wide), torch.empty_like(grad)
+    of_weights = torch.empty(len(wide), dtype=torch.float32, device=wide.device)
+    if len(wide):
+        _backward_kernel[(len(wide),)](
+            grad, wide, weights.contiguous(), of_wide, of_weights, out, grad.shape[1], COLUMNS=_COLUMNS
+        )
+    return of_wide, of_weights, out
+
+
+def plain_weighted_swiglu(wide: Tensor, weights: Tensor) -> Tensor:
+    """`weighted_swiglu` in plain torch."""
+    gate, up = _precise(wide).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up * weights[:, None]).to(wide.dtype)
+
+
+def plain_weighted_swiglu_backward(grad: Tensor, wide: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`weighted_swiglu_backward` in plain torch."""
+    gate, up = _precise(wide).chunk(2, -1)
+    precise, weight = _precise(grad), weights[:, None]
+    share = gate.sigmoid()
+    silu = gate * share
+    weighted = precise * weight
+    of_gate = weighted * up * share * (1 + gate * (1 - share))
+    of_weights = (precise * silu * up).sum(-1)
+    of_wide = torch.cat((of_gate, weighted * silu), -1).to(wide.dtype)
+    return of_wide, of_weights, (silu * up * weight).to(wide.dtype)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+_COLUMNS = 1024
+
+
+def _reason(wide: Tensor) -> str | None:
+    return None if wide.element_size() <= 4 else "the kernel takes 16 and 32 bits"
+
+
+@jit
+def _forward_kernel(wide, weights, out, width, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    weight = tl.load(weights + row).to(tl.float32)
+    gate = tl.load(wide + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(wide + (row * 2 + 1) * width + column, mask=inside, other=0.0).to(tl.float32)
+    result = gate * tl.sigmoid(gate) * up * weight
+    tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _backward_kernel(grad, wide, weights, of_wide, of_weights, out, width, COLUMNS: tl.constexpr):
+    """A program a row, whose weight's gradient is summed in the order of its columns: no atomics, always the same."""
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weights + row).to(tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = column < width
+        gradient = tl.load(grad + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(wide + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(wide + (row * 2 + 1) * width + column, mask=inside, other=0.0).to(tl.float32)
+        share = tl.sigmoid(gate)
+        silu = gate * share
+        weighted = gradient * weight
+        total += gradient * silu * up
+        of_gate = weighted * up * share * (1 + gate * (1 - share))
+        tl.store(of_wide + row * 2 * width + column, of_gate.to(of_wide.dtype.element_ty), mask=inside)
+        of_up = weighted * silu
+        tl.store(of_wide + (row * 2 + 1) * width + column, of_up.to(of_wide.dtype.element_ty), mask=inside)
+        tl.store(out + row * width + column, (silu * up * weight).to(out.dtype.element_ty), mask=inside)
+    tl.store(of_weights + row, tl.sum(total))
