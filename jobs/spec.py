@@ -72,7 +72,7 @@ class ClusterSpec(Spec):
 DEGREES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")
 """The fields of LayoutSpec that are degrees of parallelism."""
 
-RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
 
 
 SIMPLEST: dict[str, Any] = {

@@ -1,16 +1,45 @@
 """Attention of some queries to some keys, with the log-sum-exp that lets results over several sets of keys be merged.
 
-torch's own fused kernels where they take the tensors (any precision on a CPU, 16 bits on CUDA), else plain arithmetic
-a tile of queries at a time. No kernel here is given a mask, so none falls back to holding the whole score matrix.
+Fused kernels that torch brings where they take the tensors (any precision on a CPU, 16 bits on CUDA), else plain
+arithmetic a tile of queries at a time. No kernel here is given a mask, so none falls back to holding the whole score
+matrix. On an H200, 2 x 4,096 tokens of 32 heads, cuDNN's was seen to do 547 TFLOP/s forward and 437 backward where
+FlashAttention 2 did 303 and 247 (torch 2.11).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 TILE_ELEMENTS = 1 << 26
 """Scores that the plain way holds at once: 256 MiB in fp32."""
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`attend` of a whole sequence to itself, differentiable, without the log-sum-exp."""
+    if _cudnn_takes(query, key):
+        out: Tensor = _CausalAttention.apply(query, key, value, scale)
+        return out
+    grouped = query.shape[1] != key.shape[1]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+    )
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out, lse = attend(query, key, value, scale, causal=True)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *attend_backward(grad, *ctx.saved_tensors, ctx.scale, causal=True), None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
@@ -26,6 +55,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: b
             query, key, value, 0.0, causal, scale=scale
         )
         return out, lse
+    if _cudnn_takes(query, key):
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, causal, False, scale=scale
+        )
+        return found[0], found[1].squeeze(-1)
     if _flash_takes(query):
         found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
         return found[0], found[1]
@@ -46,8 +80,30 @@ def attend_backward(
                 grad, query, key, value, out, lse, 0.0, causal, scale=scale
             )
         )
+    # Without dropout there is no random state to give back.
+    if _cudnn_takes(query, key):
+        state = torch.empty((), dtype=torch.int64, device=query.device)
+        lengths = query.shape[2], key.shape[2]
+        return tuple(
+            torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                grad,
+                query,
+                key,
+                value,
+                out,
+                lse[..., None].contiguous(),
+                state,
+                state,
+                None,
+                None,
+                None,
+                *lengths,
+                0.0,
+                causal,
+                scale=scale,
+            )
+        )
     if _flash_takes(query):
-        # Without dropout there is no random state to give back.
         state = torch.empty(2, dtype=torch.uint64, device=query.device)
         return tuple(
             torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -69,6 +125,23 @@ def attend_backward(
             )
         )
     return plain_attend_backward(grad, query, key, value, out, lse, scale, causal=causal)
+
+
+def _cudnn_takes(query: Tensor, key: Tensor) -> bool:
+    """On Hopper and later; it sums queries' gradients in any order, and makes a plan for each new length: not for
+    documents.
+    """
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 128
+        and query.shape[2] % 128 == 0
+        and key.shape[2] % 128 == 0
+        and torch.backends.cudnn.is_available()
+        and torch.cuda.get_device_capability(query.device) >= (9, 0)
+        and not torch.are_deterministic_algorithms_enabled()
+    )
 
 
 def _flash_takes(query: Tensor) -> bool:

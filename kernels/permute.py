@@ -25,8 +25,8 @@ class Order:
     """int32 [tokens * top_k]: whose copy a row is."""
     cell_of: Tensor
     """int64 [tokens * top_k]: a row's place in a flat [tokens, experts]."""
-    ends: Tensor
-    """int32 [experts]: where each expert's rows end."""
+    counts: Tensor
+    """int32 [experts]: how many rows each expert has."""
 
 
 def order_by_expert(chosen: Tensor, top_k: int) -> Order:
@@ -39,7 +39,7 @@ def order_by_expert(chosen: Tensor, top_k: int) -> Order:
     row_of = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
     token_of = torch.empty(copies, dtype=torch.int32, device=device)
     cell_of = torch.empty(copies, dtype=torch.int64, device=device)
-    order = Order(row_of, token_of, cell_of, ends)
+    order = Order(row_of, token_of, cell_of, counts)
     if not copies:
         return order
     if triton_takes("order by expert", None, chosen):

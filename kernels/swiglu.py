@@ -9,7 +9,7 @@ from kernels.choice import jit, tl, triton, triton_takes
 
 
 def weighted_swiglu(wide: Tensor, weights: Tensor) -> Tensor:
-    """wide [n, 2 * width], gate first; weights [n] -> [n, width], in the precision of `wide`; in between fp32 at least."""
+    """wide [n, 2 * width], gate first, and weights [n] -> [n, width], in the precision of `wide`; inside, fp32."""
     wide = wide.contiguous()
     if not triton_takes("weighted SwiGLU", _reason(wide), wide):
         return plain_weighted_swiglu(wide, weights)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.attention import causal_attention
 from parallel.context import gathered_attention, ring_attention
 
 GATHER, RING = "all_gather", "p2p"
@@ -41,10 +42,7 @@ class CausalAttention(nn.Module):
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         if self._group.size() == 1 and attention_mask is None:
-            grouped = query.shape[1] != key.shape[1]
-            out = nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
-            )
+            out = causal_attention(query, key, value, scale)
         else:
             out = self._across_ranks(query, key, value, self._group, attention_mask, scale)
         return out.permute(2, 0, 1, 3).flatten(2)

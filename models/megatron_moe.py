@@ -1,4 +1,4 @@
-"""The router and the experts of a Megatron mixture: its gate, losses and dispatchers, with a choice that is ours."""
+"""The router of a Megatron mixture: its gate, losses and dispatchers, with a choice that is ours."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import CheckpointWithoutOutput
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from jobs.architecture import ModelArchitecture
+from kernels.router import Rule, route
 
 
 class Router(TopKRouter):
@@ -35,6 +33,7 @@ class Router(TopKRouter):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.model = model
+        self._rule = Rule(model.router_score, model.top_k, model.router_normalize_top_k, model.router_scale)
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -46,16 +45,10 @@ class Router(TopKRouter):
         model = self.model
         sequence, batch, _ = logits.shape
         logits = self.apply_z_loss(logits.flatten(0, 1))
-        scores = logits.softmax(-1) if model.router_score == "softmax" else logits.sigmoid()
-        experts = (scores if self.expert_bias is None else scores + self.expert_bias).topk(model.top_k).indices
-        weights = scores.gather(-1, experts)
-        if model.router_normalize_top_k:
-            weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if model.router_score == "sigmoid" else 0.0))
-        weights = torch.zeros_like(scores).scatter(-1, experts, weights * model.router_scale)
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, True)
+        weights, chosen, counts = route(logits, self._rule, self.expert_bias)
         if self.training and torch.is_grad_enabled():  # once, if the forward pass is computed again in backward
             if self.expert_bias is not None:
-                self.local_tokens_per_expert += chosen.sum(0)
+                self.local_tokens_per_expert += counts
             if model.aux_loss:
                 by_score, share = compute_routing_scores_for_aux_loss(logits, model.top_k, model.router_score)
                 weights = self._apply_seq_aux_loss(weights, share, by_score, sequence, batch)
@@ -84,44 +77,3 @@ def has_place(chosen: torch.Tensor, weights: torch.Tensor, model: ModelArchitect
         return chosen.cumsum(0) <= capacity
     first = weights.argsort(dim=0, descending=True, stable=True)[:capacity]
     return torch.zeros_like(chosen).scatter(0, first, True)
-
-
-class LeanExperts(SequentialMLP):
-    """Experts that compute their activations again in backward (`moe_act`); Megatron gives it to grouped ones alone."""
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        submodules: MLPSubmodules,
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(0, config, submodules, pg_collection)
-        self.num_local_experts = num_local_experts
-        self.local_experts.extend(
-            _LeanExpert(
-                self.config,
-                submodules,
-                is_expert=True,
-                ffn_hidden_size=config.moe_ffn_hidden_size,
-                tp_group=pg_collection.expt_tp,
-            )
-            for _ in range(num_local_experts)
-        )
-
-
-class _LeanExpert(MLP):
-    """Keeps what its first linear gave, and neither the activation nor its product with the router's weights."""
-
-    def forward(self, hidden: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Tokens [tokens, hidden] and their routers' weights [tokens] -> [tokens, hidden]."""
-        wide, _ = self.linear_fc1(hidden)
-        again = CheckpointWithoutOutput()
-        out, _ = self.linear_fc2(again.checkpoint(_weighted_swiglu, wide, weights))
-        again.discard_output_and_register_recompute(out)
-        return out, None
-
-
-def _weighted_swiglu(wide: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    gate, up = wide.chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up * weights[:, None]).to(wide.dtype)

@@ -1,8 +1,8 @@
 """A decoder-only transformer for Megatron-Core without TransformerEngine: its configuration and its parts.
 
 Megatron takes a model as a tree of module specs, and asks a provider for the modules. The one given here names
-Megatron's own parallel linears, torch's fused RMSNorm, the attention of `models.megatron_attention`, and one MLP an
-expert.
+Megatron's own parallel linears, torch's fused RMSNorm, the attention of `models.megatron_attention`, and the experts of
+`models.megatron_experts`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from jobs.architecture import ModelArchitecture
 from jobs.spec import JobSpec, LayoutSpec
+from kernels.cross_entropy import linear_cross_entropy
 from models.megatron_attention import GATHER, RING, CausalAttention, rotate_as_called
 from models.uncompiled import uncompiled
 from parallel.layout import Layout
@@ -40,7 +41,6 @@ with uncompiled():
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.mlp import MLPSubmodules
-    from megatron.core.transformer.moe.experts import SequentialMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -50,7 +50,9 @@ with uncompiled():
         get_transformer_layer_offset,
     )
 
-    from models.megatron_moe import LeanExperts, Router
+    from models.megatron_dispatch import dispatch_locally
+    from models.megatron_experts import GroupedExperts
+    from models.megatron_moe import Router
 
 
 class RMSNorm(torch.nn.Module):
@@ -134,8 +136,7 @@ def _recompute_options(layout: LayoutSpec) -> dict[str, Any]:
     if layout.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if layout.recompute == "selective":
-        # Experts' activations are LeanExperts' own affair.
-        modules = [module for module in layout.options["recompute_modules"] if module != "moe_act"]
+        modules = list(layout.options["recompute_modules"])
         return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {}
 
@@ -168,9 +169,6 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 class Provider(LocalSpecProvider):
     """Names the modules that Megatron's layers are made of, in place of TransformerEngine's."""
 
-    def __init__(self, layout: LayoutSpec) -> None:
-        self._layout = layout
-
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
         return RMSNorm
 
@@ -180,14 +178,12 @@ class Provider(LocalSpecProvider):
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
     ) -> tuple[type, MLPSubmodules]:
-        lean = self._layout.recompute == "selective" and "moe_act" in self._layout.options["recompute_modules"]
-        linears = MLPSubmodules(linear_fc1=self.column_parallel_linear(), linear_fc2=self.row_parallel_linear())
-        return LeanExperts if lean else SequentialMLP, linears
+        return GroupedExperts, MLPSubmodules()
 
 
 def layer_specs(job: JobSpec, config: TransformerConfig, virtual_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage, or of one of its virtual stages, and the final norm."""
-    model, provider = job.model, Provider(job.layout)
+    model, provider = job.model, Provider()
     start = get_transformer_layer_offset(config, virtual_stage)
     stage = range(start, start + get_num_layers_to_build(config, virtual_stage))
     return TransformerBlockSubmodules(
@@ -223,16 +219,37 @@ def _layer_spec(model: ModelArchitecture, provider: Provider, *, is_moe: bool) -
     )
 
 
+class Model(GPTModel):
+    """Megatron's, which ends in the sum of what labels lose; where one rank has the whole head, it makes no logits."""
+
+    def _postprocess(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, **others: Any
+    ) -> torch.Tensor:
+        """Hidden states [sequence, batch, hidden], labels and what each counts [batch, sequence] -> their loss, []."""
+        if not self.post_process:
+            return hidden_states
+        if self.output_layer.tp_group.size() > 1:
+            losses = super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=None, **others)
+            return (losses * loss_mask).sum()
+        head = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return linear_cross_entropy(
+            hidden_states.flatten(0, 1),
+            self.output_layer.weight if head is None else head,
+            labels.T.flatten(),
+            loss_mask.T.flatten(),
+        )
+
+
 def build_model(
     job: JobSpec, config: TransformerConfig, device: torch.device, virtual_stage: int | None = None
-) -> GPTModel:
+) -> Model:
     """This rank's part of the model, or one virtual stage of it, its weights yet to be set.
 
-    Wants megatron.core.parallel_state initialised. Called with tokens, positions, documents and labels, see
-    `models.megatron_attention`; gives logits' cross-entropy [batch, sequence].
+    Wants megatron.core.parallel_state initialised. Called with tokens, positions, documents, labels and loss_mask, see
+    `models.megatron_attention`; gives the sum [] of the labels' cross-entropies, each times its mask.
     """
     at = {"ignore_virtual": False, "vp_stage": virtual_stage}
-    model = GPTModel(
+    model = Model(
         config=config,
         transformer_layer_spec=layer_specs(job, config, virtual_stage),
         vocab_size=job.model.vocab,
@@ -244,6 +261,7 @@ def build_model(
         vp_stage=virtual_stage,
     ).to(device)
     rotate_as_called(model, job.model.head_dim, job.model.rope_theta)
+    dispatch_locally(model)
     for name, parameter in model.named_parameters():
         # Megatron clears `allreduce` only if ep > 1. Where experts are replicated over more ranks than dense weights
         # (etp * ep < tp) their gradients would be summed over too few; this sends them to the expert's own group, and

@@ -78,7 +78,6 @@ def _nothing_to_recompute(job: JobSpec) -> str | None:
     layers = {
         "mlp": ("dense feed-forward layers", model.dense_layers),
         "moe": ("experts", model.moe_layers),
-        "moe_act": ("experts", model.moe_layers),
         "shared_experts": ("shared experts", _moe(job) and model.shared_expert_ffn),
     }
     if layout.recompute == "selective":

@@ -48,7 +48,8 @@ class Workload:
     devices_per_node: int = 8
 
     recompute: frozenset[str] = field(default_factory=frozenset)
-    """Modules that backward computes again, by jobs.spec.RecomputedModule; `{"layer"}` is whole layers."""
+    """Modules that backward computes again, by jobs.spec.RecomputedModule; `{"layer"}` is whole layers, `moe_act` the
+    activations of experts, which `kernels.experts` never keeps."""
     attention_kernel: AttentionKernel = "flash"
     fused_norm: bool = True
     """A norm is one kernel; False: each of its operations is one, in fp32."""
@@ -82,6 +83,8 @@ class Workload:
         """A job's step at a layout; what the job leaves to the engine is as the engine chooses."""
         options = job.layout.options
         modules = {"none": (), "selective": options["recompute_modules"], "full": ("layer",)}[options["recompute"]]
+        if job.model.is_moe and job.engine == "megatron":
+            modules = (*modules, "moe_act")
         own: Literal["gather", "ulysses"] = "ulysses" if job.engine == "deepspeed" else "gather"
         on_gpu = job.cluster.device == "cuda"  # a CPU's memory is its device's: nothing leaves it
         return cls(

@@ -10,7 +10,7 @@ from jobs.errors import InputError
 from jobs.spec import SIMPLEST, JobSpec, LayoutSpec, RecomputedModule
 from parallel.capabilities import check_job
 
-_PARTS_OF_EXPERTS = frozenset({"moe", "moe_act", "shared_experts"})
+_PARTS_OF_EXPERTS = frozenset({"moe", "shared_experts"})
 _WHOLE_LAYER = frozenset({"layernorm", "core_attn", "mlp"}) | _PARTS_OF_EXPERTS
 
 
@@ -46,7 +46,7 @@ def recomputed(layout: LayoutSpec) -> frozenset[str]:
 
 
 def label(options: Mapping[str, Any]) -> str:
-    """Those that are not the simplest, for a table: `recompute layernorm moe_act, zero_stage 3`."""
+    """Those that are not the simplest, for a table: `recompute layernorm mlp, zero_stage 3`."""
     again = recompute_label(options["recompute"], options["recompute_modules"])
     shown = [] if again == "none" else [f"recompute {again}"]
     for name, simplest in SIMPLEST.items():
@@ -97,7 +97,7 @@ def _sets(job: JobSpec) -> Iterator[tuple[RecomputedModule, ...]]:
     if model.dense_layers:
         present.append("mlp")
     if model.is_moe:
-        present += ["moe_act", *(("shared_experts",) if model.shared_expert_ffn else ()), "moe"]
+        present += [*(("shared_experts",) if model.shared_expert_ffn else ()), "moe"]
     for number in range(1, len(present) + 1):
         for modules in itertools.combinations(present, number):
             if "moe" not in modules or not _PARTS_OF_EXPERTS & set(modules) - {"moe"}:

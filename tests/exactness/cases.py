@@ -40,7 +40,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"recompute": "full"},
         *(
             {"recompute": "selective", "recompute_modules": (module,)}
-            for module in ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
+            for module in ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
         ),
     ),
     "zero_stage": ({"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 3}),
@@ -136,7 +136,7 @@ def asked(variant: str, mesh: dict[str, int], chosen: dict[str, Any]) -> bool:
     return not (
         ("context_attention" in chosen and mesh["cp"] == 1)
         or (chosen.get("optimizer_replicas", 1) > mesh["dp"] * mesh["cp"])
-        or (module in ("moe", "moe_act") and not model.is_moe)
+        or (module == "moe" and not model.is_moe)
         or (module == "shared_experts" and not model.shared_expert_ffn)
         or (module == "mlp" and model.dense_layers == 0)
     )

@@ -28,7 +28,7 @@ def test_rows_lie_by_expert_and_within_one_by_token(tokens, experts, top_k, skew
     expert, token = chosen.T.nonzero(as_tuple=True)
     assert order.token_of.tolist() == token.tolist()
     assert order.cell_of.tolist() == (token * experts + expert).tolist()
-    assert order.ends.tolist() == chosen.sum(0).cumsum(0).tolist()
+    assert order.counts.tolist() == chosen.sum(0).tolist()
     copies = torch.arange(tokens * top_k)
     assert torch.equal(order.token_of[order.row_of.long()].long(), torch.arange(tokens)[:, None].expand(-1, top_k))
     assert torch.equal(order.row_of.flatten().sort().values.long(), copies)

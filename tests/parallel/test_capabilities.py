@@ -159,7 +159,7 @@ def test_jobs_that_no_layout_helps(make_job: Any, job: dict[str, Any], message: 
         {"layout": {"dispatcher": "allgather"}},
         {"layout": {"dispatcher": "flex"}, "cluster": "h200_x8"},
         {"model": "llama3_8b", "layout": {"dispatcher": "flex", "recompute_modules": ("moe",)}},  # neither is asked for
-        {"layout": {"recompute": "selective", "recompute_modules": ("core_attn", "layernorm", "moe", "moe_act")}},
+        {"layout": {"recompute": "selective", "recompute_modules": ("core_attn", "layernorm", "moe")}},
         {"model": "llama3_8b", "layout": {"recompute": "selective", "recompute_modules": ("mlp",)}},
         {"model_changes": {"router_bias": True}},
         {"model_changes": {"router_bias": True, "router_score": "sigmoid", "router_normalize_top_k": False}},

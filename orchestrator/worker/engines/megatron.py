@@ -226,10 +226,11 @@ class MegatronEngine:
 
         def forward_step(source: Iterator[LocalBatch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
             batch = next(source)
-            output = model(batch.tokens, batch.positions, batch.documents, labels=batch.labels)
+            output = model(
+                batch.tokens, batch.positions, batch.documents, labels=batch.labels, loss_mask=batch.loss_mask
+            )
 
-            def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                total = (losses * batch.loss_mask).sum()
+            def loss_of(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 return total * scale.float(), total.detach()
 
             return output, loss_of

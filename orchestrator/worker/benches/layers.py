@@ -1,0 +1,167 @@
+"""Two MoE layers with embedding and head, forward and backward: as this project trains them, and as others would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jobs.compose import compose
+from jobs.spec import JobSpec
+from models.megatron_specs import build_model, transformer_config
+from orchestrator.worker.benches.measure import side_by_side
+from parallel.layout import Layout
+
+# isort: split
+# After models.megatron_specs, which decides how Megatron is imported.
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+Step = Callable[[], Any]
+
+SHAPES: dict[str, tuple[str, ...]] = {
+    "mixtral_8x7b": ("model=mixtral_8x7b",),
+    "qwen2_57b_a14b": ("model=qwen2_57b_a14b",),
+    # Its attention is of many latents, which no engine here runs: as many heads as its hidden size has, none shared.
+    "deepseek_v3 at ep8": (
+        *("model=mixtral_8x7b", "model.hidden=7168", "model.heads=56", "model.kv_heads=56", "model.expert_ffn=2048"),
+        *("model.experts=32", "model.top_k=8", "model.shared_expert_ffn=2048", "model.router_score=sigmoid"),
+    ),
+}
+
+
+def job_of(shape: tuple[str, ...], sequence: int, device: torch.device) -> JobSpec:
+    """Two layers and a vocabulary of 32,000, without a balancing loss, which others compute elsewhere or not at all."""
+    same = ("model.layers=2", "model.vocab=32000", "model.aux_loss=0", f"train.sequence_length={sequence}")
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    return compose("moe_1b", [*shape, *same, f"train.precision={precision}"])
+
+
+def measure(
+    shape: tuple[str, ...], device: torch.device, *, batch: int, sequence: int, rounds: int, only: str = ""
+) -> dict[str, dict[str, Any]]:
+    """By way: seconds and FLOP/s of the model, forward and backward. Wants torch.distributed with one rank."""
+    job = job_of(shape, sequence, device)
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    model_parallel_cuda_manual_seed(1)
+    torch.manual_seed(1)
+    tokens = torch.randint(job.model.vocab, (batch, sequence + 1), device=device)
+    flops = job.model.flops_per_token(sequence) * batch * sequence
+    ways, failed = {}, {}
+    for name, build in _WAYS.items():
+        if name.startswith(only):
+            try:
+                ways[name] = build(job, tokens)
+                ways[name]()
+            except (RuntimeError, ImportError, torch.OutOfMemoryError) as error:
+                ways.pop(name, None)
+                failed[name] = {"failed": str(error).splitlines()[0]}
+    times = side_by_side(ways, device, rounds)
+    return failed | {
+        name: {
+            "seconds": vars(timed),
+            "flops_per_second": flops / timed.median,
+            "tokens_per_second": batch * sequence / timed.median,
+        }
+        for name, timed in times.items()
+    }
+
+
+def _forward_backward(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        loss_of().backward()
+
+    return step
+
+
+def _drawn(parameters: Iterator[nn.Parameter]) -> None:
+    """Alike for all: as models start, and routers choose unevenly."""
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02)
+
+
+def _ours(job: JobSpec, tokens: Tensor) -> Step:
+    model = build_model(job, transformer_config(job, Layout()), tokens.device)
+    _drawn(model.parameters())
+    places = torch.arange(tokens.shape[1] - 1, device=tokens.device)[None]
+    counted = torch.full(tokens[:, 1:].shape, 1 / tokens[:, 1:].numel(), device=tokens.device)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return _forward_backward(model, lambda: model(inputs, places, None, labels=labels, loss_mask=counted))
+
+
+def _megatron(job: JobSpec, tokens: Tensor) -> Step:
+    """As it comes without TransformerEngine."""
+    config = transformer_config(job, Layout())
+    config.moe_router_pre_softmax, config.moe_router_enable_expert_bias = False, False
+    config.moe_router_score_function = job.model.router_score
+    config.bias_activation_fusion = config.masked_softmax_fusion = False
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            num_experts=job.model.experts, moe_grouped_gemm=False, normalization="RMSNorm"
+        ),
+        vocab_size=job.model.vocab,
+        max_sequence_length=job.train.sequence_length,
+        position_embedding_type="rope",
+    ).to(tokens.device)
+    _drawn(model.parameters())
+    length = tokens.shape[1] - 1
+    mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
+    places = torch.arange(length, device=tokens.device)[None]
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return _forward_backward(model, lambda: model(inputs, places, mask, labels=labels).mean())
+
+
+def _transformers(job: JobSpec, tokens: Tensor, *, compiled: bool) -> Step:
+    import transformers
+
+    described = job.model
+    sizes = {
+        "num_hidden_layers": described.layers,
+        "vocab_size": described.vocab,
+        "hidden_size": described.hidden,
+        "num_attention_heads": described.heads,
+        "num_key_value_heads": described.kv_heads,
+        "num_experts_per_tok": described.top_k,
+        "max_position_embeddings": job.train.sequence_length,
+        "attn_implementation": "sdpa",
+        "experts_implementation": "grouped_mm",
+    }
+    if described.shared_expert_ffn:
+        config = transformers.Qwen2MoeConfig(
+            **sizes,
+            num_experts=described.experts,
+            moe_intermediate_size=described.expert_ffn,
+            shared_expert_intermediate_size=described.shared_expert_ffn,
+            decoder_sparse_step=1,
+        )
+        kind = transformers.Qwen2MoeForCausalLM
+    else:
+        config = transformers.MixtralConfig(
+            **sizes, num_local_experts=described.experts, intermediate_size=described.expert_ffn
+        )
+        kind = transformers.MixtralForCausalLM
+    dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
+    with torch.device(tokens.device):
+        model = kind(config).to(dtype)
+    _drawn(model.parameters())
+    model.train()
+    call = torch.compile(model) if compiled else model
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return _forward_backward(model, lambda: call(input_ids=inputs, labels=labels, use_cache=False).loss)
+
+
+_WAYS: dict[str, Callable[[JobSpec, Tensor], Step]] = {
+    "fivefold": _ours,
+    "megatron-core": _megatron,
+    "transformers": lambda job, tokens: _transformers(job, tokens, compiled=False),
+    "transformers, compiled": lambda job, tokens: _transformers(job, tokens, compiled=True),
+}
