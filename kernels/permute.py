@@ -31,29 +31,16 @@ class Order:
 
 def order_by_expert(chosen: Tensor, top_k: int) -> Order:
     """Of bool [tokens, experts], true `top_k` times in each row."""
-    tokens, experts = chosen.shape
-    before = chosen.cumsum(0, dtype=torch.int32)
-    counts = before[-1] if tokens else chosen.sum(0, dtype=torch.int32)
-    ends = counts.cumsum(0, dtype=torch.int32)
-    device, copies = chosen.device, tokens * top_k
-    row_of = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
-    token_of = torch.empty(copies, dtype=torch.int32, device=device)
-    cell_of = torch.empty(copies, dtype=torch.int64, device=device)
-    order = Order(row_of, token_of, cell_of, counts)
-    if not copies:
-        return order
     if triton_takes("order by expert", None, chosen):
-        padded = max(2, triton.next_power_of_2(experts))
-        _order_kernel[(tokens,)](
-            chosen.contiguous(), before, ends, row_of, token_of, cell_of, experts, top_k, PADDED=padded, num_warps=1
-        )
-        return order
-    token, expert = chosen.nonzero(as_tuple=True)
-    row = (ends - counts)[expert] + before[token, expert] - 1
-    row_of.view(-1).copy_(row)
-    token_of[row.long()] = token.int()
-    cell_of[row.long()] = token * experts + expert
-    return order
+        return _order(chosen.contiguous(), top_k)
+    expert, token = chosen.T.nonzero(as_tuple=True)
+    order = token.argsort(stable=True)
+    return Order(
+        row_of=order.int().view(-1, top_k),
+        token_of=token.int(),
+        cell_of=token * chosen.shape[1] + expert,
+        counts=chosen.sum(0, dtype=torch.int32),
+    )
 
 
 def permute(hidden: Tensor, order: Order) -> Tensor:
@@ -120,20 +107,79 @@ class _Combine(torch.autograd.Function):
 _COLUMNS = 1024
 
 
+_TOKENS = 128
+
+
+def _order(chosen: Tensor, top_k: int) -> Order:
+    """Counts by blocks of tokens, then places each token after those of the blocks and tokens before."""
+    tokens, experts = chosen.shape
+    blocks = triton.cdiv(tokens, _TOKENS)
+    integers = {"dtype": torch.int32, "device": chosen.device}
+    counted = torch.zeros(max(1, blocks), experts, **integers)
+    sizes = {"TOKENS": _TOKENS, "PADDED": max(2, triton.next_power_of_2(experts)), "num_warps": 8}
+    if blocks:
+        _count_kernel[(blocks,)](chosen, counted, tokens, experts, **sizes)
+    through = counted.cumsum(0, dtype=torch.int32)
+    counts = through[-1]
+    order = Order(
+        row_of=torch.empty(tokens, top_k, **integers),
+        token_of=torch.empty(tokens * top_k, **integers),
+        cell_of=torch.empty(tokens * top_k, dtype=torch.int64, device=chosen.device),
+        counts=counts,
+    )
+    if blocks:
+        begins = counts.cumsum(0, dtype=torch.int32) - counts
+        _order_kernel[(blocks,)](
+            *(chosen, counted, through, begins, order.row_of, order.token_of, order.cell_of),
+            *(tokens, experts, top_k),
+            **sizes,
+        )
+    return order
+
+
 @jit
-def _order_kernel(chosen, before, ends, row_of, token_of, cell_of, experts, top_k, PADDED: tl.constexpr):
-    """A program a token: its choices' places among those of their experts, which `before` has counted."""
-    token = tl.program_id(0)
+def _block(chosen, tokens, experts, TOKENS: tl.constexpr, PADDED: tl.constexpr):
+    """Tokens, experts, and which are chosen (0 or 1 [TOKENS, PADDED]) in a program's block."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, PADDED)
-    inside = expert < experts
-    mine = tl.load(chosen + token * experts + expert, mask=inside, other=0).to(tl.int32)
-    begin = tl.load(ends + expert - 1, mask=inside & (expert > 0), other=0)
-    row = begin + tl.load(before + token * experts + expert, mask=inside, other=0) - 1
-    slot = tl.cumsum(mine) - 1
-    is_mine = inside & (mine > 0)
-    tl.store(row_of + token * top_k + slot, row, mask=is_mine)
-    tl.store(token_of + row, tl.zeros_like(row) + token, mask=is_mine)
-    tl.store(cell_of + row, (token * experts + expert).to(tl.int64), mask=is_mine)
+    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
+    mine = tl.load(chosen + token[:, None] * experts + expert[None, :], mask=inside, other=0)
+    return token, expert, mine.to(tl.int32)
+
+
+@jit
+def _count_kernel(chosen, counted, tokens, experts, TOKENS: tl.constexpr, PADDED: tl.constexpr):
+    _, expert, mine = _block(chosen, tokens, experts, TOKENS, PADDED)
+    tl.store(counted + tl.program_id(0) * experts + expert, tl.sum(mine, 0), mask=expert < experts)
+
+
+@jit
+def _order_kernel(
+    chosen,
+    counted,
+    through,
+    begins,
+    row_of,
+    token_of,
+    cell_of,
+    tokens,
+    experts,
+    top_k,
+    TOKENS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    token, expert, mine = _block(chosen, tokens, experts, TOKENS, PADDED)
+    place = tl.program_id(0) * experts + expert
+    known = expert < experts
+    before = tl.load(through + place, mask=known, other=0) - tl.load(counted + place, mask=known, other=0)
+    before += tl.load(begins + expert, mask=known, other=0)
+    row = before[None, :] + tl.cumsum(mine, 0) - 1
+    slot = tl.cumsum(mine, 1) - 1
+    is_mine = mine > 0
+    tl.store(row_of + token[:, None] * top_k + slot, row, mask=is_mine)
+    tl.store(token_of + row, token[:, None] + tl.zeros_like(row), mask=is_mine)
+    cell = token[:, None] * experts + expert[None, :]
+    tl.store(cell_of + row, cell.to(tl.int64), mask=is_mine)
 
 
 @jit

@@ -26,6 +26,41 @@ EPSILON = 1e-20
 """Added to a sum of sigmoids, which may all be 0 (DeepSeek-V3, 2024); one of softmax cannot be."""
 
 
+def gate(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [tokens, width] @ weight [experts, width].T in fp32 at least -> logits [tokens, experts]."""
+    logits: Tensor = _Gate.apply(hidden, weight)
+    return logits
+
+
+class _Gate(torch.autograd.Function):
+    """On a GPU of 16-bit numbers, whose products it adds up in fp32 anyway; nothing is copied into fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        if _is_half(hidden) and hidden.is_cuda:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.to(precise) @ weight.to(precise).T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        if _is_half(hidden) and hidden.is_cuda:
+            # The gradient in two numbers of the weights' precision, which together have twice its digits.
+            high = grad.to(hidden.dtype)
+            both = torch.cat((high, (grad - high).to(hidden.dtype)), 1)
+            of_weight = torch.mm(both.T, hidden, out_dtype=torch.float32).unflatten(0, (2, -1)).sum(0)
+            return torch.mm(both, torch.cat((weight, weight))), of_weight.to(weight.dtype)
+        of_hidden, of_weight = grad @ weight.to(grad.dtype), grad.T @ hidden.to(grad.dtype)
+        return of_hidden.to(hidden.dtype), of_weight.to(weight.dtype)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
 def route(logits: Tensor, rule: Rule, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 logits [tokens, experts] -> weights (0 where not chosen), which are chosen (bool), and their counts.
 

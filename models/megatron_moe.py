@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from jobs.architecture import ModelArchitecture
-from kernels.router import Rule, route
+from kernels.router import Rule, gate, route
 
 
 class Router(TopKRouter):
@@ -34,6 +34,10 @@ class Router(TopKRouter):
         super().__init__(config=config, pg_collection=pg_collection)
         self.model = model
         self._rule = Rule(model.router_score, model.top_k, model.router_normalize_top_k, model.router_scale)
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Hidden states [sequence, batch, hidden] -> logits [sequence, batch, experts] in fp32."""
+        return gate(input.flatten(0, 1), self.weight).unflatten(0, input.shape[:2])
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None

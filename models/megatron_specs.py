@@ -50,6 +50,7 @@ with uncompiled():
         get_transformer_layer_offset,
     )
 
+    from models import megatron_fusions
     from models.megatron_dispatch import dispatch_locally
     from models.megatron_experts import GroupedExperts
     from models.megatron_moe import Router
@@ -73,7 +74,8 @@ class RMSNorm(torch.nn.Module):
 
 
 def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
-    """Megatron's configuration of `job.model` at `layout`: SwiGLU, RMSNorm, no dropout, no fused kernels."""
+    """Megatron's configuration of `job.model` at `layout`: SwiGLU, RMSNorm, no dropout."""
+    megatron_fusions.install()
     model, train = job.model, job.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     config = TransformerConfig(
@@ -108,12 +110,12 @@ def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
         pipeline_model_parallel_layout=_stages(layout),
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
-        # These fusions want Apex, TransformerEngine or torch.compile.
+        # models.megatron_fusions has these two; the others want Apex, TransformerEngine or torch.compile.
+        bias_activation_fusion=True,
+        apply_rope_fusion=True,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],
         **_recompute_options(job.layout),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.experts import expert_mlp, plain_expert_mlp
-from kernels.swiglu import plain_weighted_swiglu, weighted_swiglu, weighted_swiglu_backward
+from kernels.swiglu import plain_weighted_swiglu, swiglu, weighted_swiglu, weighted_swiglu_backward
 
 
 def drawn(counts: list[int], hidden: int, width: int, tail: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -79,3 +79,19 @@ def test_a_weighted_swiglu_is_that_of_fp64(width):
     for ours, theirs in ((out, expected), (of_wide, precise.grad), (of_weights, by.grad)):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(again, out)
+
+
+def test_a_swiglu_without_weights_keeps_its_input_alone():
+    wide = torch.randn(3, 2, 40, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = swiglu(wide)
+    assert [tensor.data_ptr() for tensor in kept] == [wide.data_ptr()]
+    precise = wide.detach().double().requires_grad_()
+    gate, up = precise.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    grad = torch.randn(3, 2, 20)
+    out.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(wide.grad.double(), precise.grad, rtol=1e-5, atol=1e-5)

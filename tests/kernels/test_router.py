@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.router import Rule, plain_choice, route
+from kernels.router import Rule, gate, plain_choice, route
 
 rules = st.builds(
     Rule,
@@ -45,3 +45,17 @@ def test_gradients_of_what_is_not_chosen_do_not_count(score):
     weights, chosen, _ = route(logits, Rule(score, 2, normalize=True))
     weights.backward(torch.where(chosen, 1.5, torch.nan))
     assert logits.grad.isfinite().all()
+
+
+def test_a_gate_is_a_product_in_fp32_whatever_it_is_given():
+    hidden, weight = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((9, 32), (4, 32)))
+    logits = gate(hidden, weight)
+    precise = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = precise[0] @ precise[1].T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(9, 4)
+    logits.backward(grad)
+    expected.backward(grad.double())
+    for ours, theirs in zip((hidden, weight), precise, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-2, atol=1e-3)

@@ -91,7 +91,7 @@ WAYS: dict[str, Mlp] = {
 
 
 def measure(shape: Shape, device: torch.device, *, skewed: bool, rounds: int) -> dict[str, dict[str, Any]]:
-    """By way: seconds, FLOP/s, bytes kept, and the error beside fp64 (relative, the largest of result and gradients)."""
+    """By way: seconds, FLOP/s, bytes kept, and the error beside fp64: of result and gradients, the largest."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     ends = loads(shape, skewed).cumsum(0).to(torch.int32).to(device)

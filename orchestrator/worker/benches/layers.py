@@ -12,6 +12,7 @@ from jobs.compose import compose
 from jobs.spec import JobSpec
 from models.megatron_specs import build_model, transformer_config
 from orchestrator.worker.benches.measure import side_by_side
+from orchestrator.worker.engines.cuda_stand_in import repair_megatron
 from parallel.layout import Layout
 
 # isort: split
@@ -46,6 +47,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """By way: seconds and FLOP/s of the model, forward and backward. Wants torch.distributed with one rank."""
     job = job_of(shape, sequence, device)
+    repair_megatron()
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
@@ -102,7 +104,7 @@ def _megatron(job: JobSpec, tokens: Tensor) -> Step:
     config = transformer_config(job, Layout())
     config.moe_router_pre_softmax, config.moe_router_enable_expert_bias = False, False
     config.moe_router_score_function = job.model.router_score
-    config.bias_activation_fusion = config.masked_softmax_fusion = False
+    config.bias_activation_fusion = config.apply_rope_fusion = False
     model = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(

@@ -1,4 +1,4 @@
-"""Peers side by side: the same work by several ways, in turn, so that what a device does meanwhile befalls all alike."""
+"""Peers side by side: the same work by several ways in turn, so that what a device does meanwhile befalls all."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def seconds(call: Call, device: torch.device) -> float:
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(4_000_000)
+    torch.cuda._sleep(30_000_000)
     begin.record()
     call()
     end.record()
@@ -88,7 +88,7 @@ def kept_bytes(call: Callable[[], torch.Tensor], given: tuple[torch.Tensor, ...]
 
 
 def matmul_flops(device: torch.device) -> float:
-    """FLOP/s of one large product, the ceiling of all that is made of products: 8,192 cubed in bf16, or less on a CPU."""
+    """FLOP/s of a large product, the ceiling of all that products make: 8,192 cubed in bf16, or less on a CPU."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / statistics.median(seconds(lambda: left @ right, device) for _ in range(10))
