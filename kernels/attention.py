@@ -39,7 +39,8 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *attend_backward(grad, *ctx.saved_tensors, ctx.scale, causal=True), None
+        query, key, value, out, lse = ctx.saved_tensors
+        return *attend_backward(grad, query, key, value, out, lse, ctx.scale, causal=True), None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:

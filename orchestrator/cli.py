@@ -154,6 +154,21 @@ def _parser() -> tuple[_Parser, list[str]]:
     profile = verb("profile", verbs.profile, "measure this machine, and write the profile that plans are made with")
     profile.add_argument("--out", default="profile.json", metavar="FILE.json", help="(default: ./profile.json)")
     profile.add_argument("--seconds", type=_count, default=60, metavar="N", help="to measure for (default: 60)")
+    benches = choices.add_parser("bench", help="this machine at work, and other software beside").add_subparsers(
+        metavar="WHAT", required=True
+    )
+    for what, text in (
+        ("kernels", "expert MLPs and what is around them, by this project's kernels and by others"),
+        ("layer", "two layers of known models, forward and backward, by this project and by others"),
+    ):
+        bench = verb(what, verbs.bench, text, group=benches)
+        bench.set_defaults(what=what)
+        bench.add_argument("--out", metavar="FILE.json", help="every figure, and FILE.png")
+    bench = verb(
+        "train", verbs.bench_train, "whole steps of a job at its best layout", "job", "overrides", group=benches
+    )
+    bench.add_argument("--steps", type=_count, default=10, metavar="N", help="timed (default: 10)")
+    bench.add_argument("--out", metavar="FILE.json", help="every figure, and FILE.png")
     verb("doctor", verbs.doctor, "whether this environment can train, and what it lacks")
     checkpoint = choices.add_parser("checkpoint", help="a run's checkpoints").add_subparsers(
         metavar="VERB", required=True

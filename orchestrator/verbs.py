@@ -275,6 +275,23 @@ def profile(options: argparse.Namespace) -> Answer:
     return profile.measure(options.out, options.seconds, quiet=options.json), DONE
 
 
+def bench(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import bench, need
+
+    need.engines()
+    return bench.measure(options.what, options.out, quiet=options.json), DONE
+
+
+def bench_train(options: argparse.Namespace) -> Answer:
+    from orchestrator.control import bench
+
+    job, planning = _resolved(options, here=True)
+    _check_here(job)
+    if job.engine != "megatron":
+        raise InputError("engine", job.engine, "is benched by runs; this times the megatron engine's steps", "megatron")
+    return bench.train(job, planning.plans[0], options.steps, options.out, quiet=options.json), DONE
+
+
 def checkpoint_ls(options: argparse.Namespace) -> Answer:
     from orchestrator import manifests
     from orchestrator.control import tables

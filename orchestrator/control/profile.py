@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-from jobs.errors import InputError
 from orchestrator.control.display import print_table
+from orchestrator.control.measuring import told, writable
 from parallel.estimates.hardware import Hardware, read_profile
 from parallel.evidence.machine import Measured, grouped_rate
 from parallel.evidence.machine_profile import Machine, collected, differences, document, shipped_for
@@ -27,51 +18,15 @@ def measure(out: str, seconds: float, *, quiet: bool) -> dict[str, Any]:
 
     InputError where `out` cannot be written, before anything is measured.
     """
-    path = _checked(out)
+    path = writable(out, "is a profile, and ends in .json")
     begun = time.monotonic()
-    machine, measured = collected(list(_told(seconds, quiet=quiet)))
+    machine, measured = collected(list(told("profiling", [str(seconds)], quiet=quiet)))
     found = document(machine, measured, time.strftime("%Y-%m-%d"))
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if not quiet:
         _show(machine, measured, read_profile(json.dumps(found), out))
         print(f"\n{out}, in {time.monotonic() - begun:.0f} s; plan with it: cluster.hardware={out}")
     return found
-
-
-def _checked(out: str) -> Path:
-    path = Path(out).expanduser()
-    if path.suffix != ".json":
-        raise InputError("--out", out, "is a profile, and ends in .json", path.with_suffix(".json"))
-    if not path.parent.is_dir():
-        raise InputError("--out", out, f"{path.parent} is no folder")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError("--out", out, "cannot be written")
-    return path
-
-
-def _told(seconds: float, *, quiet: bool) -> Iterator[dict[str, Any]]:
-    """The JSON lines of the process that measures; InputError with what it printed where it measures nothing."""
-    command = [sys.executable, "-m", "orchestrator.worker.profiling", str(seconds)]
-    columns = (SpinnerColumn(), TextColumn("measuring {task.description}"), TimeElapsedColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        progress,
-        # A rate is that of one core, however many threads the caller's environment asks for.
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        ) as process,
-    ):
-        task = progress.add_task("this machine")
-        assert process.stdout is not None
-        for text in process.stdout:
-            if text.startswith("{"):
-                line = json.loads(text)
-                progress.update(task, description=line.get("doing", progress.tasks[0].description))
-                yield line
-        if process.wait() != 0:
-            errors.seek(0)
-            raise InputError("environment", None, f"this machine cannot be measured:\n{errors.read()[-4000:]}")
 
 
 def _show(machine: Machine, measured: Measured, here: Hardware) -> None:

@@ -34,6 +34,9 @@ SHAPES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+SMALLER = ("model.hidden=64", "model.heads=4", "model.kv_heads=2", "model.head_dim=16", "model.expert_ffn=96")
+"""For a CPU."""
+
 
 def job_of(shape: tuple[str, ...], sequence: int, device: torch.device) -> JobSpec:
     """Two layers and a vocabulary of 32,000, without a balancing loss, which others compute elsewhere or not at all."""
@@ -46,13 +49,7 @@ def measure(
     shape: tuple[str, ...], device: torch.device, *, batch: int, sequence: int, rounds: int, only: str = ""
 ) -> dict[str, dict[str, Any]]:
     """By way: seconds and FLOP/s of the model, forward and backward. Wants torch.distributed with one rank."""
-    job = job_of(shape, sequence, device)
-    repair_megatron()
-    if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    model_parallel_cuda_manual_seed(1)
-    torch.manual_seed(1)
-    tokens = torch.randint(job.model.vocab, (batch, sequence + 1), device=device)
+    job, tokens = _set_up(shape, device, batch, sequence)
     flops = job.model.flops_per_token(sequence) * batch * sequence
     ways, failed = {}, {}
     for name, build in _WAYS.items():
@@ -74,6 +71,35 @@ def measure(
     }
 
 
+def repeated(
+    shape: tuple[str, ...], device: torch.device, *, batch: int, sequence: int, times: int = 4
+) -> dict[str, Any]:
+    """Whether loss and gradients of the same weights and tokens are equal to the last bit, each time."""
+    job, tokens = _set_up(shape, device, batch, sequence)
+    model, loss_of = _model(job, tokens)
+    first: list[Tensor] = []
+    differ = set()
+    for _ in range(times):
+        model.zero_grad(set_to_none=True)
+        loss = loss_of()
+        loss.backward()
+        found = [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+        first = first or [tensor.clone() for tensor in found]
+        names = ["loss", *(name for name, _ in model.named_parameters())]
+        differ |= {name for name, a, b in zip(names, first, found, strict=True) if not torch.equal(a, b)}
+    return {"times": times, "differ": sorted(differ)}
+
+
+def _set_up(shape: tuple[str, ...], device: torch.device, batch: int, sequence: int) -> tuple[JobSpec, Tensor]:
+    repair_megatron()
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    model_parallel_cuda_manual_seed(1)
+    torch.manual_seed(1)
+    job = job_of(shape, sequence, device)
+    return job, torch.randint(job.model.vocab, (batch, sequence + 1), device=device)
+
+
 def _forward_backward(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -91,12 +117,16 @@ def _drawn(parameters: Iterator[nn.Parameter]) -> None:
 
 
 def _ours(job: JobSpec, tokens: Tensor) -> Step:
+    return _forward_backward(*_model(job, tokens))
+
+
+def _model(job: JobSpec, tokens: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
     model = build_model(job, transformer_config(job, Layout()), tokens.device)
     _drawn(model.parameters())
     places = torch.arange(tokens.shape[1] - 1, device=tokens.device)[None]
     counted = torch.full(tokens[:, 1:].shape, 1 / tokens[:, 1:].numel(), device=tokens.device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return _forward_backward(model, lambda: model(inputs, places, None, labels=labels, loss_mask=counted))
+    return model, lambda: model(inputs, places, None, labels=labels, loss_mask=counted)
 
 
 def _megatron(job: JobSpec, tokens: Tensor) -> Step:

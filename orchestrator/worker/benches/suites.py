@@ -1,0 +1,87 @@
+"""What one rank runs of a bench: which works, at which sizes; each way's figures are told as a JSON line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from jobs.spec import JobSpec
+from orchestrator.worker.benches import experts, layers, operations, training
+from orchestrator.worker.benches.measure import matmul_flops
+from orchestrator.worker.engines.cuda_stand_in import install
+from orchestrator.worker.profiling.timing import tell
+from parallel.layout import Layout
+
+ROUNDS = {"cuda": 12, "cpu": 5}
+SEQUENCES = tuple(2**power for power in range(12, 18))
+EXPERTS = (8, 16, 32, 64, 128, 256)
+TOKENS = 8192
+"""Of a batch of layers, in sequences of 4,096; of a sweep, or one sequence where it is longer."""
+
+
+def kernels(rank: int, kind: str) -> None:
+    """Expert MLPs of several models with even and skewed loads, and the operations around them."""
+    device = _device(rank, kind)
+    _ceiling(device)
+    for name, shape in (experts.GPU if kind == "cuda" else experts.CPU).items():
+        for skewed in (False, True):
+            load = "skewed" if skewed else "even"
+            tell(doing=f"experts of {name}, {load} loads")
+            found = experts.measure(shape, device, skewed=skewed, rounds=ROUNDS[kind])
+            for way, figures in found.items():
+                tell(result={"work": f"experts of {name}", "load": load, "way": way, **figures})
+    tell(doing="operations")
+    for work, ways in operations.measure(device, ROUNDS[kind]).items():
+        for way, figures in ways.items():
+            tell(result={"work": work, "way": way, **figures})
+
+
+def layer(rank: int, kind: str) -> None:
+    """Two layers of several models by several ways; then how cost grows with sequence and experts."""
+    device = _device(rank, kind)
+    _ceiling(device)
+    length, small = (4096, ()) if kind == "cuda" else (128, layers.SMALLER)
+    tokens = TOKENS if kind == "cuda" else length
+    for name, shape in layers.SHAPES.items():
+        tell(doing=f"layers of {name}")
+        _tell_layers(name, (*shape, *small), device, tokens // length, length, ROUNDS[kind])
+        tell(doing=f"whether gradients of {name} come out alike")
+        alike = layers.repeated((*shape, *small), device, batch=tokens // length, sequence=length)
+        tell(result={"work": f"gradients of {name}, computed again", "way": "fivefold", **alike})
+    mixtral = layers.SHAPES["mixtral_8x7b"]
+    for length in SEQUENCES if kind == "cuda" else ():
+        tell(doing=f"sequences of {length}")
+        _tell_layers(f"sequence {length}", mixtral, device, max(1, TOKENS // length), length, 3, "fivefold")
+    for count in EXPERTS if kind == "cuda" else ():
+        tell(doing=f"{count} experts")
+        fine = (*mixtral, f"model.experts={count}", "model.top_k=8", "model.expert_ffn=2048")
+        _tell_layers(f"experts {count}", fine, device, 2, 4096, 5, "fivefold")
+
+
+def _tell_layers(
+    work: str, shape: tuple[str, ...], device: torch.device, batch: int, sequence: int, rounds: int, only: str = ""
+) -> None:
+    found = layers.measure(shape, device, batch=batch, sequence=sequence, rounds=rounds, only=only)
+    for way, figures in found.items():
+        tell(result={"work": work, "way": way, "batch": batch, "sequence": sequence, **figures})
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def train(rank: int, kind: str, job: JobSpec, layout: Layout, micro_batch: int, steps: int) -> dict[str, Any]:
+    device = torch.device(kind, rank if kind == "cuda" else 0)
+    ceiling = matmul_flops(device)
+    return {**training.measure(rank, job, layout, micro_batch, steps, device), "ceiling": ceiling}
+
+
+def _device(rank: int, kind: str) -> torch.device:
+    if kind == "cpu":
+        install()
+        return torch.device("cpu")
+    return torch.device("cuda", rank)
+
+
+def _ceiling(device: torch.device) -> None:
+    tell(doing="a large product")
+    tell(ceiling=matmul_flops(device))
