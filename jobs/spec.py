@@ -153,6 +153,7 @@ class TrainSpec(Spec):
     adam_epsilon: float = Field(1e-8, gt=0)
     clip_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
     seed: int = Field(1234, ge=0)
+    deterministic: bool = Field(False, description="equal runs of a layout give equal bits on a GPU too")
     eval_interval: int = Field(0, ge=0, description="steps between validations; 0: only after the last step")
     eval_batches: int = Field(4, ge=0, description="global batches a validation reads; 0: none")
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.query_gradient import query_gradient
+
 TILE_ELEMENTS = 1 << 26
 """Scores that the plain way holds at once: 256 MiB in fp32."""
 
@@ -81,29 +83,32 @@ def attend_backward(
                 grad, query, key, value, out, lse, 0.0, causal, scale=scale
             )
         )
+    if 0 in grad.stride() or grad.stride(-1) != 1:
+        grad = grad.contiguous()
     # Without dropout there is no random state to give back.
     if _cudnn_takes(query, key):
         state = torch.empty((), dtype=torch.int64, device=query.device)
         lengths = query.shape[2], key.shape[2]
-        return tuple(
-            torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-                grad,
-                query,
-                key,
-                value,
-                out,
-                lse[..., None].contiguous(),
-                state,
-                state,
-                None,
-                None,
-                None,
-                *lengths,
-                0.0,
-                causal,
-                scale=scale,
-            )
+        of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            grad,
+            query,
+            key,
+            value,
+            out,
+            lse[..., None].contiguous(),
+            state,
+            state,
+            None,
+            None,
+            None,
+            *lengths,
+            0.0,
+            causal,
+            scale=scale,
         )
+        if torch.are_deterministic_algorithms_enabled():
+            of_query = query_gradient(grad, query, key, value, out, lse, scale, causal=causal)
+        return of_query, of_key, of_value
     if _flash_takes(query):
         state = torch.empty(2, dtype=torch.uint64, device=query.device)
         return tuple(
@@ -129,19 +134,19 @@ def attend_backward(
 
 
 def _cudnn_takes(query: Tensor, key: Tensor) -> bool:
-    """On Hopper and later; it sums queries' gradients in any order, and makes a plan for each new length: not for
-    documents.
-    """
+    """On Hopper and later. It makes a plan for each new length: not for documents."""
+    width = query.shape[-1]
+    if torch.are_deterministic_algorithms_enabled() and width & (width - 1):
+        return False  # query_gradient takes powers of 2
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 128
+        and width % 8 == 0
+        and width <= 128
         and query.shape[2] % 128 == 0
         and key.shape[2] % 128 == 0
         and torch.backends.cudnn.is_available()
         and torch.cuda.get_device_capability(query.device) >= (9, 0)
-        and not torch.are_deterministic_algorithms_enabled()
     )
 
 

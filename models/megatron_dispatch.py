@@ -1,29 +1,35 @@
-"""Dispatch of tokens to experts that are all on this rank: a permutation, which waits for nothing."""
+"""Dispatch of tokens to experts by permutations that add nothing up by atomics, and wait for nothing on one rank."""
 
 from __future__ import annotations
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from torch import Tensor, nn
 
 from kernels.permute import Order, combine, order_by_expert, permute, permute_weights
 
 
-def dispatch_locally(model: nn.Module) -> None:
-    """Give the layers of `model` whose experts are all on their rank the dispatcher that communicates nothing.
+def dispatch_in_order(model: nn.Module) -> None:
+    """Give layers of `model` a dispatcher of this module, but where experts have a capacity or all tokens are gathered.
 
-    Megatron's own would ask the device how many tokens each expert has. Where experts have a capacity, that stays so.
+    Megatron's own adds a token's results up in any order on a GPU, and asks the device how many rows each expert has
+    even where none leaves it.
     """
     for module in model.modules():
-        if isinstance(module, MoELayer):
-            own = module.token_dispatcher
-            if own.ep_size * own.tp_size == 1 and own.config.moe_expert_capacity_factor is None:
-                module.token_dispatcher = LocalDispatcher(own.config, get_default_pg_collection())
+        if not isinstance(module, MoELayer) or module.config.moe_expert_capacity_factor is not None:
+            continue
+        own, groups = module.token_dispatcher, get_default_pg_collection()
+        if own.ep_size * own.tp_size == 1:
+            module.token_dispatcher = LocalDispatcher(module.config, groups)
+        elif type(own) is MoEAlltoAllTokenDispatcher:
+            module.token_dispatcher = OrderedDispatcher(
+                module.num_local_experts, module.local_expert_indices, module.config, groups
+            )
 
 
 class LocalDispatcher(MoETokenDispatcher):
-    """Megatron's steps of a dispatcher, of which two have something to do."""
+    """Of tokens whose experts are all on their rank: of Megatron's steps, two have something to do."""
 
     _order: Order
 
@@ -47,3 +53,19 @@ class LocalDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.view(self._shape)
+
+
+class OrderedDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's all-to-alls, between permutations of `kernels.permute`."""
+
+    _order: Order
+
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
+        counts = self.preprocess(routing_map)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
+        self._order = order_by_expert(routing_map, self.config.moe_router_topk)
+        return permute(hidden_states.flatten(0, -2), self._order), permute_weights(probs, self._order)
+
+    def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
+        return combine(permutated_local_input_tokens, self._order).view(self.hidden_shape)

@@ -51,7 +51,7 @@ with uncompiled():
     )
 
     from models import megatron_fusions
-    from models.megatron_dispatch import dispatch_locally
+    from models.megatron_dispatch import dispatch_in_order
     from models.megatron_experts import GroupedExperts
     from models.megatron_moe import Router
 
@@ -263,7 +263,7 @@ def build_model(
         vp_stage=virtual_stage,
     ).to(device)
     rotate_as_called(model, job.model.head_dim, job.model.rope_theta)
-    dispatch_locally(model)
+    dispatch_in_order(model)
     for name, parameter in model.named_parameters():
         # Megatron clears `allreduce` only if ep > 1. Where experts are replicated over more ranks than dense weights
         # (etp * ep < tp) their gradients would be summed over too few; this sends them to the expert's own group, and

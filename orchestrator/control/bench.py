@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,12 +29,15 @@ def measure(what: str, out: str | None, *, quiet: bool) -> dict[str, Any]:
 def train(job: JobSpec, plan: Plan, steps: int, out: str | None, *, quiet: bool) -> dict[str, Any]:
     """Steps of `job`, whose layout is decided, on this machine's devices."""
     arguments = (job.model_dump_json(), json.dumps(asdict(plan.layout)), str(plan.micro_batch), str(steps))
-    found = _measured("train", arguments, out, quiet=quiet)
+    found = _measured("train", arguments, out, quiet=quiet, job=(job.name, plan.label))
     return found | {"layout": plan.label, "micro_batch": plan.micro_batch}
 
 
-def _measured(what: str, arguments: Sequence[str], out: str | None, *, quiet: bool) -> dict[str, Any]:
+def _measured(
+    what: str, arguments: Sequence[str], out: str | None, *, quiet: bool, job: Sequence[str] = ()
+) -> dict[str, Any]:
     path = None if out is None else writable(out, "is a document, and ends in .json")
+    command = " ".join(("fivefold bench", what, *job))
     lines = list(told("benches", [what, *arguments], quiet=quiet))
     facts = next(line["machine"] for line in lines if "machine" in line)
     ceiling = max(line["ceiling"] for line in lines if "ceiling" in line)
@@ -44,7 +45,7 @@ def _measured(what: str, arguments: Sequence[str], out: str | None, *, quiet: bo
     peak = shipped_for(machine)[0].peak_flops("bf16") if machine.kind == "cuda" else None
     document = {
         "bench": what,
-        "command": shlex.join(["fivefold", *sys.argv[1:]]),
+        "command": command,
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"device": machine.described, "python": platform.python_version(), "versions": _versions()},
         "peak_flops": peak,

@@ -54,7 +54,7 @@ def _bars(axes: Any, results: list[dict[str, Any]], works: list[str], ceiling: f
     axes.set_xlabel("share of a large product's FLOP/s; without FLOPs, speed beside fivefold's")
     axes.grid(axis="x", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(ways))
 
 
 def _curve(axes: Any, results: list[dict[str, Any]], kind: str, ceiling: float) -> None:

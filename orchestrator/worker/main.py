@@ -95,12 +95,15 @@ class _Rank:
     ) -> None:
         import torch
 
+        from orchestrator.worker import determinism
         from orchestrator.worker.collectives_seen import CollectivesSeen
         from parallel.layout import Layout
 
         self._launch, self._job, self._reporter, self._stopping = launch, launch.job, reporter, stopping
         self._torch, self._pulse, self._faults = torch, pulse, Faults(launch, reporter, pulse)
         self._layout = Layout.of(self._job.layout)
+        if self._job.train.deterministic:
+            determinism.enforce()
         if self._job.cluster.device == "cuda":
             self._device = torch.device("cuda", launch.local_rank)
             torch.cuda.set_device(self._device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def measure(
     flops = job.model.flops_per_token(sequence) * batch * sequence
     ways, failed = {}, {}
     for name, build in _WAYS.items():
-        if name.startswith(only):
+        if only in ("", name):
             try:
                 ways[name] = build(job, tokens)
                 ways[name]()
@@ -74,15 +75,16 @@ def measure(
 def repeated(
     shape: tuple[str, ...], device: torch.device, *, batch: int, sequence: int, times: int = 4
 ) -> dict[str, Any]:
-    """Whether loss and gradients of the same weights and tokens are equal to the last bit, each time."""
+    """Which of loss and gradients of the same weights and tokens are not equal to the last bit, deterministically."""
     job, tokens = _set_up(shape, device, batch, sequence)
     model, loss_of = _model(job, tokens)
     first: list[Tensor] = []
     differ = set()
     for _ in range(times):
         model.zero_grad(set_to_none=True)
-        loss = loss_of()
-        loss.backward()
+        with in_one_order():
+            loss = loss_of()
+            loss.backward()
         found = [loss.detach(), *(parameter.grad for parameter in model.parameters())]
         first = first or [tensor.clone() for tensor in found]
         names = ["loss", *(name for name, _ in model.named_parameters())]
@@ -118,6 +120,27 @@ def _drawn(parameters: Iterator[nn.Parameter]) -> None:
 
 def _ours(job: JobSpec, tokens: Tensor) -> Step:
     return _forward_backward(*_model(job, tokens))
+
+
+def _deterministic(job: JobSpec, tokens: Tensor) -> Step:
+    step = _ours(job, tokens)
+
+    def enforced() -> None:
+        with in_one_order():
+            step()
+
+    return enforced
+
+
+@contextmanager
+def in_one_order() -> Iterator[None]:
+    """As `train.deterministic` has it."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _model(job: JobSpec, tokens: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -193,6 +216,7 @@ def _transformers(job: JobSpec, tokens: Tensor, *, compiled: bool) -> Step:
 
 _WAYS: dict[str, Callable[[JobSpec, Tensor], Step]] = {
     "fivefold": _ours,
+    "fivefold, deterministic": _deterministic,
     "megatron-core": _megatron,
     "transformers": lambda job, tokens: _transformers(job, tokens, compiled=False),
     "transformers, compiled": lambda job, tokens: _transformers(job, tokens, compiled=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def layer(rank: int, kind: str) -> None:
         _tell_layers(name, (*shape, *small), device, tokens // length, length, ROUNDS[kind])
         tell(doing=f"whether gradients of {name} come out alike")
         alike = layers.repeated((*shape, *small), device, batch=tokens // length, sequence=length)
-        tell(result={"work": f"gradients of {name}, computed again", "way": "fivefold", **alike})
+        tell(result={"work": f"gradients of {name}, computed again", "way": "fivefold, deterministic", **alike})
     mixtral = layers.SHAPES["mixtral_8x7b"]
     for length in SEQUENCES if kind == "cuda" else ():
         tell(doing=f"sequences of {length}")
@@ -79,6 +80,7 @@ def _device(rank: int, kind: str) -> torch.device:
     if kind == "cpu":
         install()
         return torch.device("cpu")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic products want, before the first one
     return torch.device("cuda", rank)
 
 
