@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -16,18 +17,15 @@ try:
 except ImportError:  # torch's CPU builds come without
     triton = tl = TensorDescriptor = None
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's kernels run on the CPU, an element at a time: for tests."""
 
 _told: set[tuple[str, ...]] = set()
 
 
-def jit(kernel: Function) -> Function:
+def jit(kernel: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function as it is where there is no Triton and nobody will call it."""
-    compiled: Function = kernel if triton is None else triton.jit(kernel)
-    return compiled
+    return kernel if triton is None else triton.jit(kernel)
 
 
 def triton_runs(tensor: Tensor) -> bool:
@@ -55,6 +53,4 @@ def programs(tensor: Tensor) -> int:
     """How many programs fill the device when each goes on to further tiles."""
     if INTERPRETED:
         return 3
-    import torch
-
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)

@@ -21,8 +21,8 @@ from typing import Any
 
 from jobs.spec import JobSpec
 from orchestrator.messages import PACKET_BYTES, Event, RankLaunch, Report, parse_report
+from orchestrator.node import evidence
 from orchestrator.node.copies import Copies
-from orchestrator.node.stacks import write_stacks
 from orchestrator.node.watch import Reading, Watch
 from orchestrator.pulse import Pulses, new_page
 from orchestrator.run_folder import RunFolder
@@ -213,7 +213,7 @@ class NodeAgent:
             if stall is None or told:
                 continue
             folder = self._log_folder / f"logs/attempt-{self._attempt}"
-            write_stacks({rank: pid for rank, pid in pids.items() if pid}, folder)
+            evidence.gather({rank: pid for rank, pid in pids.items() if pid}, folder)
             data = {"kind": stall.kind, **asdict(stall.beat), "seconds": stall.seconds, "limit_seconds": stall.limit}
             self._reports.put(
                 Event(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.messages import LEFT_ON_REQUEST, PACKET_BYTES, RankLaunch
+from orchestrator.node.evidence import forget_record, record_collectives
 from orchestrator.run_folder import import_filesystem
 
 _PR_SET_PDEATHSIG = 1
@@ -127,6 +128,7 @@ class Zygote:
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout, sys.stderr = _Log(sys.stdout), _Log(sys.stderr)
+            record_collectives()
             status = self._run_rank(launch, self._report_fd, *descriptors)
         except BaseException:
             import traceback
@@ -141,6 +143,7 @@ class Zygote:
         launch, pid = self._ranks.pop(watch)
         self._watched.unregister(watch)
         os.close(watch)
+        forget_record(pid)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         self._any_died |= code not in (0, LEFT_ON_REQUEST)
         _send(

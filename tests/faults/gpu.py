@@ -97,6 +97,8 @@ def faults(root: Path, cluster: str) -> list[dict[str, Any]]:
             }
         )
         row = rows[-1]
+        attempt = run / f"logs/attempt-{found['attempt']}"
+        row["evidence"] = {path.name: path.stat().st_size for path in sorted(attempt.glob("rank-0.[sc]*"))}
         seconds = f"found {row['found_seconds']:6.2f} s  next step {row['next_step_seconds']:6.2f} s"
         print(
             f"{row['fault']:<16}{seconds}  steps lost {row['steps_lost']}  from memory: {row['from_memory']}",
