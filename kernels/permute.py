@@ -57,7 +57,8 @@ def combine(rows: Tensor, order: Order) -> Tensor:
 
 def permute_weights(weights: Tensor, order: Order) -> Tensor:
     """Of a router's [tokens, experts], each copy's own [tokens * top_k]."""
-    return weights.flatten().gather(0, order.cell_of)
+    own: Tensor = _PermuteWeights.apply(weights, order.cell_of)
+    return own
 
 
 def sum_of_copies(rows: Tensor, row_of: Tensor) -> Tensor:
@@ -102,6 +103,30 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         token_of, row_of = ctx.saved_tensors
         return _Permute.apply(grad, token_of, row_of), None, None
+
+
+class _PermuteWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, cell_of: Tensor) -> Tensor:
+        ctx.save_for_backward(cell_of)
+        ctx.shape = weights.shape
+        return weights.flatten()[cell_of]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (cell_of,) = ctx.saved_tensors
+        spread = grad.new_zeros(ctx.shape)
+        if triton_takes("spread of weights", None if grad.element_size() <= 4 else "the kernel takes 32 bits", grad):
+            count = len(cell_of)
+            # torch's deterministic scatter sorts; here no two rows have one cell.
+            if count:
+                _spread_kernel[(triton.cdiv(count, _COLUMNS),)](
+                    grad.contiguous(), cell_of, spread, count, COLUMNS=_COLUMNS
+                )
+        else:
+            spread.view(-1)[cell_of] = grad
+        return spread, None
 
 
 _COLUMNS = 1024
@@ -180,6 +205,14 @@ def _order_kernel(
     tl.store(token_of + row, token[:, None] + tl.zeros_like(row), mask=is_mine)
     cell = token[:, None] * experts + expert[None, :]
     tl.store(cell_of + row, cell.to(tl.int64), mask=is_mine)
+
+
+@jit
+def _spread_kernel(grad, cell_of, spread, count, COLUMNS: tl.constexpr):
+    row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = row < count
+    cell = tl.load(cell_of + row, mask=inside, other=0)
+    tl.store(spread + cell, tl.load(grad + row, mask=inside, other=0.0), mask=inside)
 
 
 @jit

@@ -17,11 +17,11 @@ def query_gradient(
 ) -> Tensor:
     """As `kernels.attention.attend_backward` gives it (FlashAttention-2, Dao 2023), wherever Triton runs.
 
-    Lengths must be multiples of 128, head_dim a power of 2 up to 128, and elements of a head lie together.
+    Lengths must be multiples of 64, head_dim a power of 2 up to 128, and elements of a head lie together.
     """
     result = torch.empty_like(query)
     batch, heads, queries, width = query.shape
-    rows, columns = (32, 16) if INTERPRETED else (128, 64)
+    rows, columns = (32, 16) if INTERPRETED else (64, 64)
     blocks = (
         *(_tiles(tensor, rows) for tensor in (grad, query, out)),
         *(_tiles(tensor, columns) for tensor in (key, value)),
@@ -39,7 +39,7 @@ def query_gradient(
         WIDTH=width,
         ROWS=rows,
         COLUMNS=columns,
-        num_warps=8,
+        num_warps=4,
         num_stages=2,
     )
     return result

@@ -1,7 +1,8 @@
 """Where ranks are, from outside: stacks by py-spy, which needs no word from them, and NCCL's record of collectives.
 
-NCCL's own thread writes the record where it is asked through a pipe, so a rank whose interpreter is stuck does too; one
-that is stopped does not. Read it with `torchfrtrace`; it is a pickle, and nothing here loads it.
+NCCL's own thread writes the record where it is asked through a pipe. It wants the interpreter's lock for a moment, so a
+rank that holds it has no record, nor has one that is stopped; one that waits in a collective has. Read it with
+`torchfrtrace`; it is a pickle, and nothing here loads it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _STACK_SECONDS = 10.0
-_RECORD_SECONDS = 3.0
+_RECORD_SECONDS = 2.0
 _RECORDED = "2000"
 """Collectives that a rank remembers."""
 

@@ -45,7 +45,7 @@ def _train(ranks: Ranks, kind: str, job: str, layout: str, micro_batch: int, ste
     slowest = max(found, key=lambda each: each["seconds"]["median"])
     tell(ceiling=slowest.pop("ceiling"))
     slowest["seconds"]["peak_bytes"] = None if None in peaks else max(peaks)
-    tell(result={"work": f"training {spec.name}", "way": "fivefold", **slowest})
+    tell(result={"way": "fivefold", **slowest})
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def measure(rank: int, job: JobSpec, layout: Layout, micro_batch: int, steps: in
     median = statistics.median(times[WARM:])
     flops = job.model.flops_per_token(sequence) * job.train.global_batch * sequence / layout.world
     return {
-        "parameters": engine.parameters,
+        "work": f"{job.model.name} of {job.model.layers} layers, {engine.parameters / 1e9:.2f} billion parameters",
         "seconds": {"median": median, "low": min(times[WARM:]), "high": max(times[WARM:]), "peak_bytes": memory},
         "flops_per_second": flops / median,
         "tokens_per_second": job.train.global_batch * sequence / median,
