@@ -25,6 +25,8 @@ _FLOOR: dict[Phase, float] = {"data": 5.0, "compute": 5.0, "agree": 5.0}
 _STOPPED = 5.0
 _MOST_PHASES = 30
 """Of one step: who has left more is going in circles."""
+_CIRCLES = 5.0
+"""Seconds after which that is told of a rank for which nobody waits."""
 _LONG_FLOOR = 30.0
 """Of phases that stores and evaluations stretch."""
 _FIRST: dict[Phase, float] = {"start": 600.0, "build": 900.0, "restore": 3600.0, "checkpoint": 3600.0}
@@ -75,8 +77,8 @@ class Watch:
         """Seconds that phases took, and that the first of a rank in an attempt did, ascending; a thousand of each."""
         self._left: set[tuple[int, Phase]] = set()
         """What ranks have left once in this attempt."""
-        self._visited: dict[int, tuple[int, int]] = {}
-        """By rank: its step, and how many phases it has left in it."""
+        self._visited: dict[int, tuple[int, int, float]] = {}
+        """By rank: its step, how many phases it has left in it, and when it was first seen there."""
         self._stopped: dict[int, float] = {}
         """Ranks that a signal has stopped, by when that was seen first."""
 
@@ -97,8 +99,8 @@ class Watch:
     def look(self, now: float, readings: Mapping[int, Reading]) -> Stall | None:
         """Learn from what is over; tell who is to blame where something takes too long. `now` is monotonic, seconds."""
         for rank, reading in readings.items():
-            self._learn(rank, reading.beat)
-        if stall := self._find_stopped(now, readings):
+            self._learn(now, rank, reading.beat)
+        if stall := self._find_stopped(now, readings) or self._find_circling(now, readings):
             return stall
         late = {
             rank: (now - reading.beat.since) / self.limit(rank, reading.beat.phase)
@@ -121,6 +123,14 @@ class Watch:
         for rank, since in self._stopped.items():
             if now - since > _STOPPED:
                 return Stall(rank, "stopped", readings[rank].beat, now - since, _STOPPED)
+        return None
+
+    def _find_circling(self, now: float, readings: Mapping[int, Reading]) -> Stall | None:
+        """A rank that goes from phase to phase of one step is late in none of them."""
+        for rank, reading in readings.items():
+            _, count, since = self._visited[rank]
+            if count > _MOST_PHASES and now - since > _CIRCLES:
+                return Stall(rank, "no progress", reading.beat, now - since, _CIRCLES)
         return None
 
     def _blamed(
@@ -146,9 +156,10 @@ class Watch:
         odd = [rank for rank, call in calls.items() if numbers[call] == rarest]
         return max(odd, key=lambda rank: _place(beats[rank])), "skipped a collective"
 
-    def _learn(self, rank: int, beat: Beat) -> None:
-        step, count = self._visited.get(rank, (beat.step, 0))
-        self._visited[rank] = beat.step, (count if step == beat.step else 0) + len(beat.over)
+    def _learn(self, now: float, rank: int, beat: Beat) -> None:
+        step, count, since = self._visited.get(rank, (None, 0, now))
+        # What was left since the last look may be of many quick steps before this one: it does not count.
+        self._visited[rank] = (step, count + len(beat.over), since) if step == beat.step else (beat.step, 0, now)
         for phase, seconds in beat.over:
             usual = self._usual.setdefault((phase, (rank, phase) not in self._left), [])
             self._left.add((rank, phase))

@@ -110,6 +110,28 @@ def test_a_rank_that_beats_but_goes_nowhere_is_to_blame_for_who_waits() -> None:
     assert (told.rank, told.kind) == (1, "no progress")
 
 
+def test_a_rank_that_goes_in_circles_is_told_of_though_nobody_waits_for_it() -> None:
+    watch, now = trained()
+    circle: tuple[tuple[Phase, float], ...] = (("data", 0.01), ("compute", 0.01)) * 12
+    told = None
+    for moment in range(1, 40):
+        at = now + 0.25 * moment
+        told = watch.look(at, {0: Reading(beat(51, "data", at - 0.01, over=circle), False)})
+        if told:
+            break
+    assert told is not None
+    assert (told.rank, told.kind) == (0, "no progress")
+    assert 5 < at - now <= 6
+
+
+def test_a_long_evaluation_after_many_quick_steps_between_two_looks_is_no_circle() -> None:
+    watch, now = trained()
+    quick: tuple[tuple[Phase, float], ...] = (("data", 0.001), ("compute", 0.008), ("agree", 0.001)) * 25
+    for moment in range(60):
+        over = quick if moment == 0 else ()
+        assert watch.look(now + moment / 2, {0: Reading(beat(76, "evaluate", now, over=over), False)}) is None
+
+
 def test_who_waits_for_a_rank_that_is_at_something_long_is_patient() -> None:
     watch, now = trained()
     saving = {0: Reading(beat(51, "checkpoint", now), False), 1: Reading(beat(52, "compute", now, inside=True), False)}
