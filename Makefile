@@ -5,7 +5,7 @@ SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow exact exact-random fuzz-checkpoints lint validate-planner bench-planner chaos bench-faults bench-faults-gpu bench-snapshot bench-watching wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-kernels exact-random fuzz-checkpoints lint validate-planner bench-planner chaos bench-faults bench-faults-gpu bench-snapshot bench-watching bench-gpu wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
@@ -22,6 +22,11 @@ test-slow: $(VENV)/.ready
 # Every kind of layout against the oracle, on two cores in under 40 minutes; the results are kept.
 exact: $(VENV)/.ready
 	$(BIN)/python tests/exactness/run.py --json docs/exactness/cpu-fp32.json
+
+# The same with the kernels that GPUs run, which Triton interprets here: six minutes for two layouts.
+exact-kernels: $(VENV)/.ready
+	TRITON_INTERPRET=1 $(BIN)/fivefold exact quickstart layout.tp=2 layout.dp=2 layout.ep=2
+	TRITON_INTERPRET=1 $(BIN)/fivefold exact quickstart layout.dp=2 layout.pp=2 layout.ep=1
 
 # Each night: other layouts, drawn from a seed that is printed first.
 exact-random: $(VENV)/.ready
@@ -59,6 +64,11 @@ bench-snapshot: $(VENV)/.ready
 # What watching costs, how soon a rank that is a fifth slower is named, ten thousand healthy steps: a quarter of an hour.
 bench-watching: $(VENV)/.ready
 	$(BIN)/python tests/faults/watching.py --json docs/benchmarks/watching.json
+
+# On a machine of one GPU or more: kernels, layers and training steps beside other software. The figures of docs/benchmarks.
+bench-gpu:
+	fivefold bench kernels --out docs/benchmarks/kernels-h200.json
+	fivefold bench layer --out docs/benchmarks/layer-h200.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -289,7 +289,8 @@ def bench_train(options: argparse.Namespace) -> Answer:
     _check_here(job)
     if job.engine != "megatron":
         raise InputError("engine", job.engine, "is benched by runs; this times the megatron engine's steps", "megatron")
-    return bench.train(job, planning.plans[0], options.steps, options.out, quiet=options.json), DONE
+    asked = (options.job, *options.overrides)
+    return bench.train(job, planning.plans[0], options.steps, asked, options.out, quiet=options.json), DONE
 
 
 def checkpoint_ls(options: argparse.Namespace) -> Answer:

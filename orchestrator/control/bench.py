@@ -26,18 +26,20 @@ def measure(what: str, out: str | None, *, quiet: bool) -> dict[str, Any]:
     return _measured(what, (), out, quiet=quiet)
 
 
-def train(job: JobSpec, plan: Plan, steps: int, out: str | None, *, quiet: bool) -> dict[str, Any]:
-    """Steps of `job`, whose layout is decided, on this machine's devices."""
+def train(
+    job: JobSpec, plan: Plan, steps: int, asked: Sequence[str], out: str | None, *, quiet: bool
+) -> dict[str, Any]:
+    """Steps of `job`, whose layout is decided, on this machine's devices. asked: the job's name and overrides."""
     arguments = (job.model_dump_json(), json.dumps(asdict(plan.layout)), str(plan.micro_batch), str(steps))
-    found = _measured("train", arguments, out, quiet=quiet, job=(job.name, plan.label))
+    found = _measured("train", arguments, out, quiet=quiet, asked=(*asked, f"--steps {steps}"))
     return found | {"layout": plan.label, "micro_batch": plan.micro_batch}
 
 
 def _measured(
-    what: str, arguments: Sequence[str], out: str | None, *, quiet: bool, job: Sequence[str] = ()
+    what: str, arguments: Sequence[str], out: str | None, *, quiet: bool, asked: Sequence[str] = ()
 ) -> dict[str, Any]:
     path = None if out is None else writable(out, "is a document, and ends in .json")
-    command = " ".join(("fivefold bench", what, *job))
+    command = " ".join(("fivefold bench", what, *asked))
     lines = list(told("benches", [what, *arguments], quiet=quiet))
     facts = next(line["machine"] for line in lines if "machine" in line)
     ceiling = max(line["ceiling"] for line in lines if "ceiling" in line)
