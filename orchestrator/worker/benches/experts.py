@@ -42,8 +42,10 @@ CPU = {"small": Shape(8, 512, 128, 256)}
 
 
 def loads(shape: Shape, skewed: bool) -> Tensor:
-    """How many rows each expert has: as many, or as weights drawn from an exponential say (the busiest has four to six
-    times the mean of 64)."""
+    """How many rows each expert has: as many, or as weights drawn from an exponential say.
+
+    The busiest of 64 experts then has 3.6 times the mean, of 128 6.2 times.
+    """
     if not skewed:
         return torch.full((shape.experts,), shape.rows // shape.experts)
     generator = torch.Generator().manual_seed(0)

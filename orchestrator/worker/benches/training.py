@@ -37,9 +37,13 @@ def measure(rank: int, job: JobSpec, layout: Layout, micro_batch: int, steps: in
     median = statistics.median(times[WARM:])
     flops = job.model.flops_per_token(sequence) * job.train.global_batch * sequence / layout.world
     return {
-        "work": f"{job.model.name} of {job.model.layers} layers, {engine.parameters / 1e9:.2f} billion parameters",
+        "work": f"{job.model.name} of {job.model.layers} layers, {_count(engine.parameters)} parameters",
         "seconds": {"median": median, "low": min(times[WARM:]), "high": max(times[WARM:]), "peak_bytes": memory},
         "flops_per_second": flops / median,
         "tokens_per_second": job.train.global_batch * sequence / median,
         "loss": result.loss,
     }
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} billion" if parameters >= 1e9 else f"{parameters / 1e6:.2f} million"
