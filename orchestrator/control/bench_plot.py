@@ -39,20 +39,21 @@ def _named(result: dict[str, Any]) -> str:
 def _bars(axes: Any, results: list[dict[str, Any]], works: list[str], ceiling: float) -> None:
     """A bar a way, which its name follows, in groups by work."""
     best = {_named(r): r["seconds"]["median"] for r in results if r["way"] == "fivefold"}
-    at, middles = 0.0, []
+    at, widest = 0.0, 1.0
+    middles = []
     for work in works:
         first = at
         for result in (each for each in results if _named(each) == work):
             rate = result.get("flops_per_second")
             share = rate / ceiling if rate else best[work] / result["seconds"]["median"]
             axes.barh(at, share, height=0.9, color=_COLOURS.get(result["way"], _OTHER))
-            axes.text(share + 0.01, at, result["way"], va="center", fontsize=7, color="#374151")
-            at += 1
+            axes.text(share * 1.01, at, result["way"], va="center", fontsize=7, color="#374151")
+            at, widest = at + 1, max(widest, share)
         middles.append((first + at - 1) / 2)
         at += 0.7
     axes.set_yticks(middles, works)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.2)
+    axes.set_xlim(0, 1.2 * widest)
     axes.set_xlabel("share of a large product's FLOP/s; without FLOPs, speed beside fivefold's")
     axes.grid(axis="x", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
