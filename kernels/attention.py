@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.choice import triton_runs
 from kernels.query_gradient import query_gradient
 
 TILE_ELEMENTS = 1 << 26
@@ -136,8 +137,8 @@ def attend_backward(
 def _cudnn_takes(query: Tensor, key: Tensor) -> bool:
     """On Hopper and later. It makes a plan for each new length: not for documents."""
     width = query.shape[-1]
-    if torch.are_deterministic_algorithms_enabled() and width & (width - 1):
-        return False  # query_gradient takes powers of 2
+    if torch.are_deterministic_algorithms_enabled() and (width & (width - 1) or not triton_runs(query)):
+        return False  # what query_gradient does not take
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)

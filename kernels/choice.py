@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,9 +30,21 @@ def jit(kernel: Callable[..., Any]) -> Any:
     return kernel if triton is None else triton.jit(kernel)
 
 
+@cache
+def _compiles() -> bool:
+    """Triton compiles what starts its kernels, and wants a C compiler where it runs."""
+    found = triton is not None and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+    if not found:
+        missing = "Triton" if triton is None else "a C compiler"
+        warnings.warn(
+            f"no kernels without {missing}: all goes by plain torch; `fivefold doctor` tells more", stacklevel=4
+        )
+    return found
+
+
 def triton_runs(tensor: Tensor) -> bool:
-    """Whether Triton has a target for tensors that lie where this one does."""
-    return INTERPRETED if tensor.device.type == "cpu" else triton is not None and tensor.is_cuda
+    """Whether Triton has a target for tensors that lie where this one does. Warns once where a GPU goes without it."""
+    return INTERPRETED if tensor.device.type == "cpu" else tensor.is_cuda and _compiles()
 
 
 def triton_takes(operation: str, reason: str | None, *tensors: Tensor) -> bool:

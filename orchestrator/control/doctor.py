@@ -31,7 +31,7 @@ class Finding:
 
 
 def examine(run_root: str) -> list[Finding]:
-    return [_python(), _packages_together(), *_versions(), _torch(), _devices(), _disk(run_root)]
+    return [_python(), _packages_together(), *_versions(), _torch(), _devices(), *_kernels(), _disk(run_root)]
 
 
 def healthy(findings: list[Finding]) -> bool:
@@ -93,6 +93,17 @@ def _torch() -> Finding:
 
 def _devices() -> Finding:
     return Finding("devices", True, f"{os.cpu_count()} CPU cores, {local_gpus()} GPUs")
+
+
+def _kernels() -> list[Finding]:
+    """On a machine with GPUs: whether their kernels can be compiled."""
+    if not local_gpus():
+        return []
+    if importlib.util.find_spec("triton") is None:
+        return [Finding("kernels", False, "Triton is not installed: training is slow", "pip install triton")]
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    remedy = "apt-get install gcc, or name a compiler in CC"
+    return [Finding("kernels", bool(compiler), f"Triton with {compiler or 'no C compiler: training is slow'}", remedy)]
 
 
 def _disk(run_root: str) -> Finding:
