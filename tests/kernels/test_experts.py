@@ -9,6 +9,13 @@ from kernels.experts import expert_mlp, plain_expert_mlp
 from kernels.swiglu import plain_weighted_swiglu, swiglu, weighted_swiglu, weighted_swiglu_backward
 
 
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """To fp32's rounding of the largest element, for sums of large numbers may come to small ones."""
+    assert ours.shape == theirs.shape
+    if ours.numel():
+        assert (ours.double() - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1)
+
+
 def drawn(counts: list[int], hidden: int, width: int, tail: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
     generator = torch.Generator().manual_seed(sum(counts) + hidden)
     rows, experts = sum(counts) + tail, len(counts)
@@ -36,7 +43,7 @@ def test_an_expert_mlp_and_its_gradients_are_those_of_fp64(counts, hidden, width
     ours = of(expert_mlp, tensors, ends, grad)
     theirs = of(plain_expert_mlp, [tensor.double() for tensor in tensors], ends, grad.double())
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-4)
+        assert_near(mine, other)
 
 
 def test_rows_of_nobody_may_be_nan():
@@ -49,7 +56,7 @@ def test_rows_of_nobody_may_be_nan():
     ours = of(expert_mlp, tensors, ends, torch.where(torch.arange(44)[:, None] < 37, grad, torch.nan))
     theirs = of(plain_expert_mlp, [tensor.double() for tensor in clean], ends, grad.double())
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-4)
+        assert_near(mine, other)
 
 
 def test_the_plain_way_has_second_derivatives():
@@ -77,7 +84,7 @@ def test_a_weighted_swiglu_is_that_of_fp64(width):
     expected = plain_weighted_swiglu(precise, by)
     expected.backward(grad.double())
     for ours, theirs in ((out, expected), (of_wide, precise.grad), (of_weights, by.grad)):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
+        assert_near(ours, theirs)
     torch.testing.assert_close(again, out)
 
 

@@ -54,7 +54,9 @@ def test_products_of_runs_are_those_of_fp64(way, counts, inner, outer, tail):
             grouped_gemm.plain_weight_gradient(grad, rows, ends),
         )
     for ours, theirs in zip(found, expected(rows, grad, weights, counts), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
+        # To fp32's rounding of the largest element, for sums of large numbers may come to small ones.
+        assert ours.shape == theirs.shape
+        assert not ours.numel() or (ours.double() - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1)
 
 
 def test_gradients_that_are_no_plain_matrices_are_taken():

@@ -6,6 +6,7 @@ import torch
 from kernels.rope import plain_rotate, rotate
 
 
+@pytest.mark.filterwarnings("ignore:rotary embedding of .* half a head is no power of 2")
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(("count", "width"), [(3, 8), (20, 4), (2, 12)])
 def test_a_turn_and_its_gradient_are_those_of_fp64(rows, count, width):
@@ -22,6 +23,7 @@ def test_a_turn_and_its_gradient_are_those_of_fp64(rows, count, width):
     torch.testing.assert_close(rotate(found, -angles), heads, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:rotary embedding of .* the kernel takes 16 and 32 bits")
 def test_it_may_be_differentiated_twice():
     heads = torch.randn(2, 1, 2, 4, dtype=torch.float64, requires_grad=True)
     half = torch.rand(2, 1, 1, 2, dtype=torch.float64)
