@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels.compiler import c_compiler
 
 try:
     import triton
@@ -32,8 +33,7 @@ def jit(kernel: Callable[..., Any]) -> Any:
 
 @cache
 def _compiles() -> bool:
-    """Triton compiles what starts its kernels, and wants a C compiler where it runs."""
-    found = triton is not None and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+    found = triton is not None and c_compiler() is not None
     if not found:
         missing = "Triton" if triton is None else "a C compiler"
         warnings.warn(

@@ -197,6 +197,12 @@ class _Tile:
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a launch; neighbours share the rows of TOGETHER tiles."""
+        sizes = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "TOGETHER": 16}
+        return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
+
     @staticmethod
     def of(rows: Tensor) -> _Tile:
         if INTERPRETED:
@@ -227,13 +233,8 @@ def _by_rows(rows: Tensor, weights: Tensor, ends: Tensor, *, inner_first: bool) 
         len(ends),
         INNER_FIRST=inner_first,
         PADDED=max(2, triton.next_power_of_2(len(ends))),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        TOGETHER=16,
         PROGRAMS=count,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return result
 
@@ -253,12 +254,7 @@ def _by_experts(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
         grad.shape[1],
         rows.shape[1],
         len(ends),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        TOGETHER=16,
         PROGRAMS=count,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return result

@@ -162,6 +162,15 @@ def _options(logits: Tensor, rule: Rule) -> dict[str, Any]:
 
 
 @jit
+def _block(tokens, experts, TOKENS: tl.constexpr, PADDED: tl.constexpr):
+    """Of a program: its tokens, all experts, which pairs there are, and where they lie."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, PADDED)
+    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
+    return token, expert, inside, token[:, None] * experts + expert[None, :]
+
+
+@jit
 def _scores(logits, place, inside, SOFTMAX: tl.constexpr):
     """[TOKENS, PADDED], 0 outside."""
     if SOFTMAX:
@@ -190,10 +199,7 @@ def _forward_kernel(
     PADDED: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    expert = tl.arange(0, PADDED)
-    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
-    place = token[:, None] * experts + expert[None, :]
+    token, expert, inside, place = _block(tokens, experts, TOKENS, PADDED)
     scores = _scores(logits, place, inside, SOFTMAX)
     rank = scores
     if BIASED:
@@ -230,10 +236,7 @@ def _backward_kernel(
     TOKENS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    expert = tl.arange(0, PADDED)
-    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
-    place = token[:, None] * experts + expert[None, :]
+    token, _, inside, place = _block(tokens, experts, TOKENS, PADDED)
     scores = _scores(logits, place, inside, SOFTMAX)
     taken = tl.load(chosen + place, mask=inside, other=0) > 0
     # What is not chosen has weight 0 whatever its score; its gradient may be anything.

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jobs.errors import InputError
+from kernels.compiler import c_compiler
 from orchestrator.control.cluster import local_gpus
 from orchestrator.run_folder import RunFolder
 
@@ -101,7 +102,7 @@ def _kernels() -> list[Finding]:
         return []
     if importlib.util.find_spec("triton") is None:
         return [Finding("kernels", False, "Triton is not installed: training is slow", "pip install triton")]
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    compiler = c_compiler()
     remedy = "apt-get install gcc, or name a compiler in CC"
     return [Finding("kernels", bool(compiler), f"Triton with {compiler or 'no C compiler: training is slow'}", remedy)]
 

@@ -103,6 +103,7 @@ class _Rank:
         self._torch, self._pulse, self._faults = torch, pulse, Faults(launch, reporter, pulse)
         self._layout = Layout.of(self._job.layout)
         if self._job.train.deterministic:
+            determinism.allow()
             determinism.enforce()
         if self._job.cluster.device == "cuda":
             self._device = torch.device("cuda", launch.local_rank)

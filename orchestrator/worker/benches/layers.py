@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from jobs.compose import compose
 from jobs.spec import JobSpec
 from models.megatron_specs import build_model, transformer_config
 from orchestrator.worker.benches.measure import side_by_side
+from orchestrator.worker.determinism import enforced
 from orchestrator.worker.engines.cuda_stand_in import repair_megatron
 from parallel.layout import Layout
 
@@ -82,7 +82,7 @@ def repeated(
     differ = set()
     for _ in range(times):
         model.zero_grad(set_to_none=True)
-        with in_one_order():
+        with enforced():
             loss = loss_of()
             loss.backward()
         found = [loss.detach(), *(parameter.grad for parameter in model.parameters())]
@@ -125,22 +125,11 @@ def _ours(job: JobSpec, tokens: Tensor) -> Step:
 def _deterministic(job: JobSpec, tokens: Tensor) -> Step:
     step = _ours(job, tokens)
 
-    def enforced() -> None:
-        with in_one_order():
+    def in_one_order() -> None:
+        with enforced():
             step()
 
-    return enforced
-
-
-@contextmanager
-def in_one_order() -> Iterator[None]:
-    """As `train.deterministic` has it."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+    return in_one_order
 
 
 def _model(job: JobSpec, tokens: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:

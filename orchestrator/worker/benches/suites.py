@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
 from jobs.spec import JobSpec
+from orchestrator.worker import determinism
 from orchestrator.worker.benches import experts, layers, operations, training
 from orchestrator.worker.benches.measure import matmul_flops
 from orchestrator.worker.engines.cuda_stand_in import install
@@ -80,7 +80,7 @@ def _device(rank: int, kind: str) -> torch.device:
     if kind == "cpu":
         install()
         return torch.device("cpu")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic products want, before the first one
+    determinism.allow()
     return torch.device("cuda", rank)
 
 

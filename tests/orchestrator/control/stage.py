@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sample_runs import step_report
+
 from jobs.spec import JobSpec
 from orchestrator.control.controller import Controller
 from orchestrator.control.record import RunRecord, status_of
-from orchestrator.messages import RankLaunch, Report, Stop
+from orchestrator.messages import Event, RankLaunch, Report, Stop
 from orchestrator.run_folder import RunFolder
 from parallel.layout import Layout
+from parallel.planning.planner import plan_job, resolve
 
 Turn = list[Report] | Callable[[], list[Report] | None]
 
@@ -128,3 +131,46 @@ class Stage:
     def trained(self) -> list[tuple[int, int]]:
         """(attempt, step) of each line of metrics."""
         return [(line["attempt"], line["step"]) for line in self.run.read_lines("metrics.jsonl")]
+
+
+SetUp = Callable[..., Stage]
+"""`stage(turn, turn, ..., spec=...)`: the fixture of conftest.py."""
+
+# What scripts are made of.
+
+RANKS = range(4)
+
+
+def resolved(spec: JobSpec) -> JobSpec:
+    return resolve(spec, plan_job(spec).plans[0])
+
+
+def started(attempt: int = 1, start_step: int = 0) -> list[Report]:
+    pids = [
+        Event(kind="rank_started", message="", attempt=attempt, rank=rank, data={"pid": 100 + rank}) for rank in RANKS
+    ]
+    data = {"start_step": start_step, "parameters": 1, "unigram_entropy": 3.0}
+    return [*pids, Event(kind="training_started", message="", attempt=attempt, rank=0, data=data)]
+
+
+def trained(*steps: int, attempt: int = 1) -> list[Report]:
+    return [step_report(step, rank, attempt) for step in steps for rank in RANKS]
+
+
+def exited(rank: int, code: int, attempt: int = 1) -> Event:
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+    return Event(
+        kind="rank_exited", message=f"rank {rank} {how}", attempt=attempt, rank=rank, data={"pid": 1, "code": code}
+    )
+
+
+def all_exited(code: int = 0, attempt: int = 1) -> list[Report]:
+    return [exited(rank, code, attempt) for rank in RANKS]
+
+
+def failed(rank: int, attempt: int = 1) -> Event:
+    return Event(kind="rank_failed", message="RuntimeError: connection closed by peer", attempt=attempt, rank=rank)
+
+
+def node_lost() -> Event:
+    return Event(kind="node_lost", message="the agent of host-0 is gone", node="host-0")

@@ -32,6 +32,9 @@ def _not_built() -> str:
     return ""
 
 
+# DeepSpeed's operation for files wants libaio's headers and a compiler, which this project does not: where it cannot be
+# built, jobs that ask for it are refused with the same words (tests/orchestrator/test_offload.py), and training with it
+# cannot be tried.
 pytestmark = pytest.mark.skipif(bool(_not_built()), reason=_not_built())
 
 STEPS, HALF = 4, 2
