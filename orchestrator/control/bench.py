@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from jobs.spec import JobSpec
-from orchestrator.control.bench_plot import plot
+from orchestrator.control.bench_plot import named, plot
 from orchestrator.control.display import print_table
 from orchestrator.control.measuring import told, writable
 from parallel.evidence.machine_profile import Machine, shipped_for
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "triton", "megatron-core", "transformers", "liger-kernel")
 
 def measure(what: str, out: str | None, *, quiet: bool) -> dict[str, Any]:
     """Run the bench called `what`; show its table, and write it to `out` with a plot beside it."""
-    return _measured(what, (), out, quiet=quiet)
+    return _measured(what, (), {"command": f"fivefold bench {what}"}, out, quiet=quiet)
 
 
 def train(
@@ -31,15 +31,15 @@ def train(
 ) -> dict[str, Any]:
     """Steps of `job`, whose layout is decided, on this machine's devices. asked: the job's name and overrides."""
     arguments = (job.model_dump_json(), json.dumps(asdict(plan.layout)), str(plan.micro_batch), str(steps))
-    found = _measured("train", arguments, out, quiet=quiet, asked=(*asked, f"--steps {steps}"))
-    return found | {"layout": plan.label, "micro_batch": plan.micro_batch}
+    command = " ".join(("fivefold bench train", *asked, f"--steps {steps}"))
+    about = {"command": command, "layout": plan.label, "micro_batch": plan.micro_batch}
+    return _measured("train", arguments, about, out, quiet=quiet)
 
 
 def _measured(
-    what: str, arguments: Sequence[str], out: str | None, *, quiet: bool, asked: Sequence[str] = ()
+    what: str, arguments: Sequence[str], about: dict[str, Any], out: str | None, *, quiet: bool
 ) -> dict[str, Any]:
     path = None if out is None else writable(out, "is a document, and ends in .json")
-    command = " ".join(("fivefold bench", what, *asked))
     lines = list(told("benches", [what, *arguments], quiet=quiet))
     facts = next(line["machine"] for line in lines if "machine" in line)
     ceiling = max(line["ceiling"] for line in lines if "ceiling" in line)
@@ -47,7 +47,7 @@ def _measured(
     peak = shipped_for(machine)[0].peak_flops("bf16") if machine.kind == "cuda" else None
     document = {
         "bench": what,
-        "command": command,
+        **about,
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"device": machine.described, "python": platform.python_version(), "versions": _versions()},
         "peak_flops": peak,
@@ -78,7 +78,7 @@ def _show(document: dict[str, Any]) -> None:
     print(f"{document['machine']['device']}; a large product runs at {ceiling / of:,.1f} {unit}\n")
     rows, notes, work = [], [], ""
     for result in document["results"]:
-        name = " ".join(filter(None, (result["work"], result.get("load"))))
+        name = named(result)
         shown = "" if name == work else name
         work = name
         if "differ" in result:

@@ -20,7 +20,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         for kind in _SWEEPS
     }
     bars = [result for result in results if not any(result in rows for rows in swept.values())]
-    works = list(dict.fromkeys(_named(result) for result in bars))
+    works = list(dict.fromkeys(named(result) for result in bars))
     curves = [kind for kind in _SWEEPS if swept[kind]]
     height = 2.0 + 0.17 * len(bars) + 0.12 * len(works)
     rows = 1 + bool(curves)
@@ -32,18 +32,19 @@ def plot(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def _named(result: dict[str, Any]) -> str:
+def named(result: dict[str, Any]) -> str:
+    """The work that a result is of."""
     return " ".join(filter(None, (result["work"], result.get("load"))))
 
 
 def _bars(axes: Any, results: list[dict[str, Any]], works: list[str], ceiling: float) -> None:
     """A bar a way, which its name follows, in groups by work."""
-    best = {_named(r): r["seconds"]["median"] for r in results if r["way"] == "fivefold"}
+    best = {named(r): r["seconds"]["median"] for r in results if r["way"] == "fivefold"}
     at, widest = 0.0, 1.0
     middles = []
     for work in works:
         first = at
-        for result in (each for each in results if _named(each) == work):
+        for result in (each for each in results if named(each) == work):
             rate = result.get("flops_per_second")
             share = rate / ceiling if rate else best[work] / result["seconds"]["median"]
             axes.barh(at, share, height=0.9, color=_COLOURS.get(result["way"], _OTHER))

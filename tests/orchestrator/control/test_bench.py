@@ -82,6 +82,7 @@ def test_steps_of_a_job_are_timed() -> None:
     assert result["seconds"]["median"] > 0
     assert result["loss"] < 6
     assert found["command"].endswith("train.sequence_length=64 --steps 1")
+    assert found["layout"] == "tp2 dp2 ep2"
 
 
 def bench_train(*asked: str) -> dict[str, Any]:
