@@ -1,8 +1,8 @@
 """Where ranks are, from outside: stacks by py-spy, which needs no word from them, and NCCL's record of collectives.
 
 NCCL's own thread writes the record where it is asked through a pipe. It wants the interpreter's lock for a moment, so a
-rank that holds it has no record, nor has one that is stopped; one that waits in a collective has. Read it with
-`torchfrtrace`; it is a pickle, and nothing here loads it.
+rank that holds it gives no record, nor does one that is stopped. Read it with `torchfrtrace`; it is a pickle, and
+nothing here loads it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ def record_collectives() -> None:
 
     The pipe lies in the node's own temporary folder, since a run's may be on a filesystem that has none.
     """
+    forget_record(os.getpid())  # of an earlier process of this number
     folder = _folder(os.getpid())
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError:  # somebody else's, or a full disk: a rank trains without a record
+        return
     os.environ |= {
         "TORCH_FR_BUFFER_SIZE": _RECORDED,
         "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": f"{folder}/ask-",

@@ -63,3 +63,12 @@ def test_where_nobody_listens_there_is_a_stack(rank: int, tmp_path: Path) -> Non
     evidence.gather({3: rank}, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["rank-3.stack.txt"]
     assert time.monotonic() - began < evidence._STACK_SECONDS
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(evidence, "_folder", lambda pid: tmp_path / "taken")
+    (tmp_path / "taken").write_text("somebody's")
+    monkeypatch.delenv("TORCH_FR_BUFFER_SIZE", raising=False)
+    evidence.record_collectives()
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+    assert (tmp_path / "taken").read_text() == "somebody's"
