@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 PLACES = 2
 _PAGE = 4096
-_HEADER = struct.Struct("<qqI32s")
+_HEADER = struct.Struct("<qqq32s")
+UNSUMMED = -1
+"""For a checksum: the content is whole, and its checksum is still computed."""
 
 
 class Header(NamedTuple):
@@ -21,7 +23,7 @@ class Header(NamedTuple):
     length: int
     """Bytes of content."""
     checksum: int
-    """Of the content, as worker/snapshots.py computes it."""
+    """Of the content, as worker/snapshots.py computes it; or UNSUMMED."""
     owner: bytes
     """32 bytes, equal where the state means the same."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.messages import Event
-from orchestrator.snapshot_memory import NOTHING, PLACES, Header, forget_from, headers, start, write_header
+from orchestrator.snapshot_memory import NOTHING, PLACES, UNSUMMED, Header, forget_from, headers, start, write_header
 
 _LOOK_SECONDS = 0.5
 _CHUNK_BYTES = 1 << 24
@@ -107,7 +107,7 @@ class Copies:
         newest = 0
         sent = self._sent.setdefault(rank, [NOTHING] * PLACES)
         for place, header in enumerate(headers(memory)):
-            if header == sent[place]:
+            if header == sent[place] or header.checksum == UNSUMMED:
                 continue
             size = os.fstat(memory).st_size
             ray.get(peer.keep_copy_header.remote(rank, place, NOTHING))

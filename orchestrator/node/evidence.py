@@ -91,11 +91,12 @@ def _take(rank: int, pid: int, folder: Path) -> bool:
 
 
 def _stacks(pids: Mapping[int, int], folder: Path) -> None:
-    tool = Path(sys.executable).with_name("py-spy")
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    tool = shutil.which("py-spy", path=beside) or "py-spy"
     running = {}
     for rank, pid in pids.items():
         with (folder / f"rank-{rank}.stack.txt").open("w") as file:
-            command = [str(tool), "dump", "--nonblocking", "--pid", str(pid)]
+            command = [tool, "dump", "--nonblocking", "--pid", str(pid)]
             try:
                 running[rank] = subprocess.Popen(
                     command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL

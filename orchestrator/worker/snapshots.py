@@ -2,7 +2,8 @@
 
 State changes in the optimizer's step alone. So a copy runs in a thread behind the next step's forward and backward,
 and what is not copied when these are done is waited for: that is the only stall. There are two places, so that one is
-always whole; what each holds is told by a header that is written last, with a checksum that is verified before use.
+always whole; what each holds is told by a header that is written last. The checksum, which takes longer than the copy,
+follows, and is verified before use where it is there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.messages import RankLaunch
-from orchestrator.snapshot_memory import NOTHING, PLACES, Header, headers, room, size_for, start, write_header
+from orchestrator.snapshot_memory import NOTHING, PLACES, UNSUMMED, Header, headers, room, size_for, start, write_header
 from orchestrator.worker.engines.protocol import Engine
 from orchestrator.worker.reporter import Reporter
 
@@ -138,7 +139,7 @@ class Snapshots:
     def _all_whole(self, step: int, place: int) -> bool:
         """Collective. Whether each rank's snapshot of a step is what was written."""
         header = headers(self._descriptor)[place]
-        whole = self._checksum(place, header.length) == header.checksum
+        whole = header.checksum in (UNSUMMED, self._checksum(place, header.length))
         if not whole:
             text = f"rank {self._launch.rank}'s snapshot of step {step} is damaged and left aside"
             self._reporter.event("snapshot_damaged", text, step=step)
@@ -194,10 +195,12 @@ class Snapshots:
     def _keep(self, copy: _Copy, place: int, step: int) -> None:
         try:
             copy.run()
+            header = Header(step, copy.length, UNSUMMED, self._owner)
+            write_header(self._descriptor, place, header)
         finally:  # whatever happened to the copy, training is not to wait for it
             self._copied.set()
-        checksum = self._checksum(place, copy.length)
-        write_header(self._descriptor, place, Header(step, copy.length, checksum, self._owner))
+        header = header._replace(checksum=self._checksum(place, copy.length))
+        write_header(self._descriptor, place, header)
 
     def _fits(self, length: int) -> bool:
         """Whether this node has memory for the snapshots of all its ranks; told where it has not."""

@@ -14,7 +14,7 @@ from small_jobs import small_job, small_model
 
 from jobs.spec import JobSpec
 from orchestrator.messages import Event, RankLaunch, parse_report
-from orchestrator.snapshot_memory import forget_from, headers, start
+from orchestrator.snapshot_memory import UNSUMMED, forget_from, headers, start, write_header
 from orchestrator.worker import snapshots
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
 from orchestrator.worker.main import import_engine
@@ -122,6 +122,16 @@ def test_ranks_that_take_up_a_snapshot_train_on_to_the_same_bits(ranks: Ranks, t
     assert set(train(ranks, tmp_path, job(name, every=0))[0]) == set(whole)
     other = small_job(small_model("deepseek"), {"tp": 2, "dp": 2, "ep": 1}, steps=STEPS)
     assert set(train(ranks, tmp_path, other)[0]) == set(whole)
+
+
+def test_a_copy_is_taken_up_while_its_checksum_is_still_computed(ranks: Ranks, tmp_path: Path) -> None:
+    whole, _ = train(ranks, tmp_path, job("megatron"))
+    for rank in (0, 2):  # as these ranks' ends would have left it
+        with (tmp_path / str(rank)).open("r+b") as memory:
+            for place, header in enumerate(headers(memory.fileno())):
+                write_header(memory.fileno(), place, header._replace(checksum=UNSUMMED))
+    again, told = train(ranks, tmp_path, job("megatron", every=0))
+    assert ([event.kind for event in told], again) == (["snapshot_restored"], {5: whole[5]})
 
 
 def test_state_that_finds_no_room_is_not_kept_and_training_goes_on(
