@@ -1,7 +1,8 @@
 """A rank's state in memory that its node agent owns: it outlives the rank, and the next attempt begins from it.
 
-State changes in the optimizer's step alone. So a copy runs in a thread behind the next step's forward and backward,
-and what is not copied when these are done is waited for: that is the only stall. There are two places, so that one is
+State changes in the optimizer's step alone. So a copy runs in a thread behind the next step's forward and backward.
+What is not copied when these are done is set aside on the device, where their activations have left room, or waited
+for: that is the only stall. There are two places, so that one is
 always whole; what each holds is told by a header that is written last. The checksum, which takes longer than the copy,
 follows, and is verified before use where it is there.
 """
@@ -53,6 +54,10 @@ class _Copy:
         self.length = _length(state)
         self._pieces: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
         self._stream = torch.cuda.Stream() if any(tensor.is_cuda for tensor in state) else None
+        self._lock = threading.Lock()
+        self._next = 0
+        """The first piece that is not queued; under the lock, as what is set aside."""
+        self._aside: list[list[torch.Tensor]] = []
         free = 0
         for tensor, view in zip(state, views, strict=True):
             elements = _COPIED_BYTES // tensor.element_size()
@@ -68,6 +73,7 @@ class _Copy:
 
     def await_update(self) -> None:
         """On the training thread: what follows there is not copied."""
+        self._next = 0
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
 
@@ -79,10 +85,33 @@ class _Copy:
             return
         copied = torch.cuda.Event(blocking=True)  # sleeps: the interpreter's lock is the training thread's
         with torch.cuda.stream(self._stream):
-            for sources, targets in self._pieces:
-                torch._foreach_copy_(targets, sources, non_blocking=True)
+            for index, (sources, targets) in enumerate(self._pieces):
+                with self._lock:
+                    aside = self._aside.pop(0) if self._aside else sources
+                    torch._foreach_copy_(targets, aside, non_blocking=True)
+                    self._next = index + 1
                 copied.record(self._stream)
-                copied.synchronize()
+                copied.synchronize()  # what was set aside is free after it
+
+    @torch.no_grad()
+    def set_aside(self) -> bool:
+        """Whether the state may change at once, since the device had room for what is not copied yet.
+
+        On the training thread. The room is what the step before has needed at its peak and is free now: half of it,
+        since the update may want some.
+        """
+        if self._stream is None:
+            return False
+        with self._lock:
+            left = [sources for sources, _ in self._pieces[self._next :]]
+            wanted = sum(source.numel() * source.element_size() for sources in left for source in sources)
+            if wanted > (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) // 2:
+                return False
+            self._aside = [[source.clone() for source in sources] for sources in left]
+            training = torch.cuda.current_stream()
+            training.wait_stream(self._stream)
+            self._stream.wait_stream(training)
+        return True
 
 
 class Snapshots:
@@ -97,6 +126,7 @@ class Snapshots:
         self._pinned: set[int] = set()
         self._newest: int | None = None
         self._copies: dict[int, _Copy] = {}
+        self._copying: _Copy | None = None
         cores = len(os.sched_getaffinity(0)) // launch.job.cluster.devices_per_node
         self._threads = max(1, min(cores // 2, _MOST_THREADS))
         self._thread: threading.Thread | None = None
@@ -178,7 +208,7 @@ class Snapshots:
             state = engine.state()
             assert state is not None
             self._copies[place] = _Copy(state, self._views(state, place))
-        copy = self._copies[place]
+        copy = self._copying = self._copies[place]
         copy.await_update()
         self._copied.clear()
         self._thread = threading.Thread(target=self._keep, args=(copy, place, step), daemon=True)
@@ -186,9 +216,10 @@ class Snapshots:
         self.stall_seconds += time.monotonic() - began
 
     def finish(self) -> None:
-        """Wait until what `begin` copies is copied: after this the state may change."""
+        """After this the state may change, whatever of it `begin` still copies."""
         began = time.monotonic()
-        self._copied.wait()
+        if not self._copied.is_set() and not (self._copying and self._copying.set_aside()):
+            self._copied.wait()
         self.stall_seconds += time.monotonic() - began
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from orchestrator.worker.main import import_engine
 from orchestrator.worker.ranks import Ranks
 from orchestrator.worker.reporter import Reporter
 from orchestrator.worker.schedule import learning_rate
-from orchestrator.worker.snapshots import Snapshots
+from orchestrator.worker.snapshots import Snapshots, _Copy
 from parallel.layout import Layout
 
 STEPS = 5
@@ -169,3 +170,26 @@ def test_state_that_finds_no_room_is_not_kept_and_training_goes_on(
     report = parse_report(ours.recv(1 << 20))
     assert isinstance(report, Event)
     assert (report.kind, os.fstat(memory).st_size) == ("snapshots_off", 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="set aside is what a device's link has not copied yet")
+def test_what_is_set_aside_is_copied_as_it_was_before_the_update() -> None:
+    state = [torch.randn(size, device="cuda") for size in (3, 40_000_000, 0, 70_000_000, 5)]
+    views = [torch.empty_like(tensor, device="cpu").pin_memory() for tensor in state]
+    copy, made = _Copy(state, views), []
+    for _ in range(5):
+        torch.empty(2_000_000_000, dtype=torch.uint8, device="cuda")  # the peak of a step, which leaves its room
+        before = [tensor.cpu() for tensor in state]
+        copy.await_update()
+        thread = Thread(target=copy.run)
+        thread.start()
+        made.append(copy.set_aside())
+        for tensor in state:
+            tensor.mul_(-2)
+        thread.join()
+        assert all(torch.equal(view, tensor) for view, tensor in zip(views, before, strict=True))
+    assert all(made)
+    state.append(torch.empty(torch.cuda.max_memory_allocated(), dtype=torch.uint8, device="cuda"))
+    full = _Copy(state[:-1], views)
+    full.await_update()
+    assert not full.set_aside()
