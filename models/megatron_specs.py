@@ -1,7 +1,7 @@
 """A decoder-only transformer for Megatron-Core without TransformerEngine: its configuration and its parts.
 
 Megatron takes a model as a tree of module specs, and asks a provider for the modules. The one given here names
-Megatron's own parallel linears, torch's fused RMSNorm, the attention of `models.megatron_attention`, and the experts of
+Megatron's own parallel linears, the attention of `models.megatron_attention`, and the experts of
 `models.megatron_experts`.
 """
 
@@ -16,6 +16,7 @@ import torch
 from jobs.architecture import ModelArchitecture
 from jobs.spec import JobSpec, LayoutSpec
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.rms_norm import add_rms_norm, rms_norm
 from models.megatron_attention import GATHER, RING, CausalAttention, rotate_as_called
 from models.uncompiled import uncompiled
 from parallel.layout import Layout
@@ -57,7 +58,7 @@ with uncompiled():
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension, fused by torch.
+    """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension.
 
     Under sequence parallelism each TP rank sees a part of the sequence, so its weight's gradient is a part of a sum;
     `sequence_parallel` on the weight asks Megatron to add the parts. torch's own module cannot carry the mark.
@@ -70,7 +71,36 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+        return rms_norm(hidden, self.weight, self.epsilon)
+
+    def of_sum(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum, and the norm of it."""
+        return add_rms_norm(hidden, residual, self.weight, self.epsilon)
+
+
+class Layer(TransformerLayer):
+    """Megatron's, where what attention gives is added to the residual stream and normed in one pass."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._normed: torch.Tensor | None = None
+        if not self.recompute_pre_mlp_layernorm:
+            self.self_attn_bda = lambda training, fused: self._add
+
+    def _add(
+        self, attended: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        hidden, bias = attended
+        assert bias is None
+        assert dropout == 0
+        total, self._normed = self.pre_mlp_layernorm.of_sum(hidden, residual)
+        return total
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self._normed is None:
+            return super()._forward_pre_mlp_layernorm(hidden_states)
+        normed, self._normed = self._normed, None
+        return normed
 
 
 def transformer_config(job: JobSpec, layout: Layout) -> TransformerConfig:
@@ -207,7 +237,7 @@ def _layer_spec(model: ModelArchitecture, provider: Provider, *, is_moe: bool) -
         k_layernorm=head_norm,
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=provider.layer_norm(),
             self_attention=ModuleSpec(

@@ -12,6 +12,7 @@ from torch.nn import functional
 from kernels.attention import causal_attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.permute import combine, order_by_expert, permute
+from kernels.rms_norm import add_rms_norm, plain_add_rms_norm
 from kernels.rope import plain_rotate, rotate
 from kernels.router import Rule, plain_choice, route
 from kernels.swiglu import plain_weighted_swiglu, swiglu
@@ -87,6 +88,12 @@ def _operations(device: torch.device, dtype: torch.dtype, scale: int) -> dict[st
         gate, up = wide.chunk(2, -1)
         return functional.silu(gate) * up
 
+    def liger_norm(*given: Tensor) -> tuple[Tensor, Tensor]:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+        normed, total = LigerFusedAddRMSNormFunction.apply(*given, 1e-5, 0.0, "llama", False)
+        return total, normed
+
     return {
         "router": {
             "fivefold": _both(lambda given: route(given, rule)[0], logits),
@@ -103,6 +110,11 @@ def _operations(device: torch.device, dtype: torch.dtype, scale: int) -> dict[st
         "rotary embedding": {
             "fivefold": _both(lambda given: rotate(given, angles), query),
             "torch": _both(lambda given: plain_rotate(given, angles), query),
+        },
+        "sum and norm": {
+            "fivefold": _both(lambda *given: add_rms_norm(*given, 1e-5), x, drawn(tokens, hidden), drawn(hidden)),
+            "torch": _both(lambda *given: plain_add_rms_norm(*given, 1e-5), x, drawn(tokens, hidden), drawn(hidden)),
+            "liger": _both(liger_norm, x, drawn(tokens, hidden), drawn(hidden)),
         },
         "SwiGLU": {
             "fivefold": _both(swiglu, wide),
@@ -122,14 +134,15 @@ def _operations(device: torch.device, dtype: torch.dtype, scale: int) -> dict[st
     }
 
 
-def _both(function: Callable[..., Tensor], *given: Tensor) -> Call:
-    """Forward and backward; the result's gradient is drawn at the first call."""
+def _both(function: Callable[..., Tensor | tuple[Tensor, ...]], *given: Tensor) -> Call:
+    """Forward and backward; the results' gradients are drawn at the first call."""
     grads: list[Tensor] = []
 
     def call() -> None:
-        out = function(*given)
+        made = function(*given)
+        results = made if isinstance(made, tuple) else (made,)
         if not grads:
-            grads.append(torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out))
-        torch.autograd.grad(out, given, grads[0])
+            grads.extend(torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out) for out in results)
+        torch.autograd.grad(results, given, grads)
 
     return call
