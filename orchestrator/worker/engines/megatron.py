@@ -205,6 +205,7 @@ class MegatronEngine:
             config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
+                overlap_grad_reduce=True,
                 use_distributed_optimizer=True,
                 num_distributed_optimizer_instances=self._job.layout.options["optimizer_replicas"],
             ),
