@@ -1,25 +1,72 @@
-"""Expert parallelism for the reference model, in the terms by which DeepSpeed recognises experts."""
+"""The reference model's experts as DeepSpeed trains them: a layer's in two tensors, on one rank or over several."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor, nn
 
-from models.reference import Experts, Routing
+from kernels.experts import expert_mlp
+from kernels.permute import Order, combine, order_by_expert, permute, permute_weights
+from models.reference import Experts, MoE, Routing
 from parallel.collectives import exchange_rows
 
 EXPERT_GROUP = "experts"
 """The name by which DeepSpeed knows the groups of expert parameters."""
 
+Index = tuple[int, ...]
+
+
+class ExpertMLP(nn.Module):
+    """`gate_up` [experts, 2, width, hidden], gate first, and `down` [experts, hidden, width] of experts in a row."""
+
+    def __init__(self, experts: Experts, first: int, held: int) -> None:
+        """first: the number, among `experts`, of the first of the `held` that are here."""
+        super().__init__()
+        self._numbers = range(first, first + held)
+        width, hidden = experts[0].gate.weight.shape
+        empty = experts[0].gate.weight.new_empty
+        self.gate_up = nn.Parameter(empty(held, 2, width, hidden))
+        self.down = nn.Parameter(empty(held, hidden, width))
+
+    def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """Rows by expert [rows, hidden], their routers' weights [rows], how many each expert has -> [rows, hidden]."""
+        return expert_mlp(rows, weights, counts.cumsum(0, dtype=torch.int32), self.gate_up.flatten(1, 2), self.down)
+
+    def parts(self, name: str) -> Iterator[tuple[Index, str]]:
+        """Where in the parameter `name` which of the experts' tensors is, named from the experts' own name on."""
+        for index, number in enumerate(self._numbers):  # not of the parameter, whose shape ZeRO-3 takes away
+            if name == "down":
+                yield (index,), f"{number}.down.weight"
+            else:
+                yield (index, 0), f"{number}.gate.weight"
+                yield (index, 1), f"{number}.up.weight"
+
+
+class GroupedExperts(nn.Module):
+    """`models.reference.Experts`, all on this rank, computed together (`kernels.experts`)."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.mlp = ExpertMLP(experts, 0, len(experts))
+        self._experts = len(experts)
+
+    def forward(self, hidden: Tensor, routing: Routing) -> Tensor:
+        """Hidden states [batch, sequence, hidden] -> the weighted sum of what each token's experts make of it."""
+        order, weights = _ordered(routing, self._experts)
+        made = self.mlp(permute(hidden.flatten(0, 1), order), weights, order.counts)
+        return combine(made, order).view_as(hidden)
+
 
 class ParallelExperts(DeepSpeedMoE):
     """This rank's part of `models.reference.Experts`, which sends tokens to the ranks that hold their experts.
 
-    Every routed token is sent, none is padded or dropped. Experts keep their numbers as names, so that the model's
-    tensors are named as on one device. It is a DeepSpeed MoE layer in name only: that is how DeepSpeed knows that there
-    are parameters to be reduced over fewer ranks than the others, which it tells by their marks.
+    Every routed token is sent, none is padded or dropped. It is a DeepSpeed MoE layer in name only: that is how
+    DeepSpeed knows that there are parameters to be reduced over fewer ranks than the others, which it tells by their
+    marks.
     """
 
     def __init__(self, experts: Experts, group: dist.ProcessGroup) -> None:
@@ -27,9 +74,7 @@ class ParallelExperts(DeepSpeedMoE):
         self._group = group
         self.num_experts = len(experts)
         held = self.num_experts // dist.get_world_size(group)
-        first = held * dist.get_rank(group)
-        for index in range(first, first + held):
-            self.add_module(str(index), experts[index])
+        self.mlp = ExpertMLP(experts, held * dist.get_rank(group), held)
 
     def mark(self) -> None:
         """Tell DeepSpeed that these parameters differ between ranks; once they are in memory, since a move forgets."""
@@ -43,28 +88,51 @@ class ParallelExperts(DeepSpeedMoE):
         """Hidden states [batch, sequence, hidden] -> the weighted sum of what each token's experts make of it.
 
         Forward and backward: each an all-to-all there and one back, in all 4 * top_k * tokens * hidden elements a rank,
-        less what stays on it; and one, forward, of as many counts as there are experts.
+        less what stays on it; and one each way of as many weights as there are copies, and, forward, of as many counts
+        as there are experts.
         """
-        tokens = hidden.flatten(0, 1)
-        chosen, top_k = routing.experts.flatten(), routing.experts.shape[-1]
-        # A token's copies are taken by a permutation, whose backward adds nothing up in an order of its own.
-        copies = tokens[:, None].expand(-1, top_k, -1).flatten(0, 1)
-        by_expert = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=self.num_experts).view(dist.get_world_size(self._group), -1)
+        order, weights = _ordered(routing, self.num_experts)
+        counts = order.counts.view(dist.get_world_size(self._group), -1)
         counts_here = torch.empty_like(counts)
         dist.all_to_all_single(counts_here, counts, group=self._group)
-        sent, received = counts.sum(1).tolist(), counts_here.sum(1).tolist()
-        arrived = exchange_rows(copies[by_expert], sent, received, self._group)
-        returned = exchange_rows(self._compute(arrived, counts_here), received, sent, self._group)
-        mixed = returned[by_expert.argsort()].unflatten(0, (-1, top_k)) * routing.weights.flatten(0, 1)[..., None]
-        return mixed.sum(1).view_as(hidden)
+        sent, received = torch.stack((counts.sum(1), counts_here.sum(1))).tolist()
+        rows = exchange_rows(permute(hidden.flatten(0, 1), order), sent, received, self._group)
+        made = self._compute(rows, exchange_rows(weights, sent, received, self._group), counts_here)
+        return combine(exchange_rows(made, received, sent, self._group), order).view_as(hidden)
 
-    def _compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Rows lie by the rank they came from, then by expert; `counts` [ranks, experts here]."""
+    def _compute(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """Rows and weights lie by the rank they came from, then by expert; `counts` [ranks, experts here]."""
         source, held = counts.shape
         expert_of = torch.arange(held, device=rows.device).repeat(source).repeat_interleave(counts.flatten())
         by_expert = expert_of.argsort(stable=True)
-        parts = rows[by_expert].split(counts.sum(0).tolist())
-        # An expert that nobody chose computes no rows, and has zeros for gradients rather than none.
-        made = [expert(part) for expert, part in zip(self.children(), parts, strict=True)]
-        return torch.cat(made)[by_expert.argsort()]
+        order = Order(
+            row_of=by_expert.argsort().int()[:, None], token_of=by_expert.int(), cell_of=by_expert, counts=counts.sum(0)
+        )
+        return combine(self.mlp(permute(rows, order), permute_weights(weights[:, None], order), order.counts), order)
+
+
+def group_experts(decoder: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Have a decoder's mixtures computed so, over `group` if there is one. It may be without memory yet."""
+    for module in decoder.modules():
+        if isinstance(module, MoE):
+            experts = module.experts
+            module.experts = GroupedExperts(experts) if group is None else ParallelExperts(experts, group)
+
+
+def parts_of(decoder: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[Index, str]]]]:
+    """Each parameter with what of `jobs.tensors` it holds, and where in it; all of it: ()."""
+    for name, parameter in decoder.named_parameters():
+        owner, _, own = name.rpartition(".")
+        module = decoder.get_submodule(owner)
+        if isinstance(module, ExpertMLP):
+            yield parameter, [(index, owner.removesuffix("mlp") + tensor) for index, tensor in module.parts(own)]
+        else:
+            yield parameter, [((), name)]
+
+
+def _ordered(routing: Routing, experts: int) -> tuple[Order, Tensor]:
+    """Where tokens' copies go, and the copies' weights, [tokens * top_k]."""
+    chosen, weights = routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)
+    empty = weights.new_zeros(len(chosen), experts)
+    order = order_by_expert(empty.bool().scatter(1, chosen, True), chosen.shape[1])
+    return order, permute_weights(empty.scatter(1, chosen, weights), order)

@@ -89,6 +89,7 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(model.head_dim, model.norm_epsilon) if model.qk_norm else nn.Identity()
         self.output = nn.Linear(queries, model.hidden, bias=False)
         self.core: AttentionCore = causal_attention
+        self.rotate: Callable[[Tensor, Tensor, float], Tensor] = rotate
         self._head_dim, self._theta = model.head_dim, model.rope_theta
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
@@ -102,7 +103,7 @@ class Attention(nn.Module):
         return projected.unflatten(-1, (-1, self._head_dim))
 
     def _rotated(self, heads: Tensor, context: Context) -> Tensor:
-        return rotate(heads.transpose(1, 2), context.positions, self._theta)
+        return self.rotate(heads.transpose(1, 2), context.positions, self._theta)
 
 
 class SwiGLU(nn.Module):

@@ -38,15 +38,22 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """int64 tokens [batch, sequence] in the first stage, else hidden states -> the same, in the last logits."""
+        hidden = self.run(x)
+        return functional.linear(hidden, self.head_weight) if self.is_last else hidden
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, hidden], of the last stage."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def run(self, x: Tensor) -> Tensor:
+        """All but the head, in the last stage with the norm before it."""
         context = next(self.contexts)
         hidden = self.embedding(x) if self.is_first else x
         for layer in self.layers.values():
             hidden, auxiliary = layer(hidden, context)
             hidden = _Attach.apply(hidden, auxiliary, self.auxiliary_weight)
-        if not self.is_last:
-            return hidden
-        head = self.embedding.weight if self.head is None else self.head.weight
-        return functional.linear(self.norm(hidden), head)
+        return self.norm(hidden) if self.is_last else hidden
 
 
 class _Attach(torch.autograd.Function):

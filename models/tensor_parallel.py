@@ -23,10 +23,14 @@ from parallel.sums import sum_gradients, sum_parts
 _ROWS = (".query.weight", ".key.weight", ".value.weight", ".query.bias", ".key.bias", ".value.bias")
 _ROWS += (".gate.weight", ".up.weight")
 _COLUMNS = (".output.weight", ".down.weight")
+_STACKED = (".mlp.gate_up", ".mlp.down")
+"""Experts of a layer, [experts, ...]."""
 
 
 def split_dim(name: str) -> int | None:
-    """Along which of its dimensions a tensor of `jobs.tensors` is divided; None: every rank holds all of it."""
+    """Along which of its dimensions a tensor of `jobs.tensors`, or several in one, are divided; None: not at all."""
+    if name.endswith(_STACKED):
+        return 2
     if name in ("embedding.weight", "head.weight") or name.endswith(_ROWS):
         return 0
     return 1 if name.endswith(_COLUMNS) else None

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
 
-from models.reference import Attention, Context, Router, causal_attention, positions_of
+from models.deepspeed_fusions import attend
+from models.reference import Attention, Context, Router, positions_of
 from parallel.sums import sum_everywhere
 
 
@@ -62,7 +63,7 @@ class UlyssesAttention(nn.Module):
 def _whole_rows(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
     """[batch, sequence, heads / cp, head_dim] each."""
     by_head = (heads.transpose(1, 2) for heads in (query, key, value))
-    return causal_attention(*by_head, documents).transpose(1, 2).contiguous()
+    return attend(*by_head, documents).transpose(1, 2).contiguous()
 
 
 def _row_mean(x: Tensor, group: dist.ProcessGroup) -> Tensor:

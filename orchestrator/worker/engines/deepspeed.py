@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from jobs.spec import JobSpec
-from models.reference import Experts, MoE, Router
+from models.reference import MoE, Router
 from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
 from orchestrator.files import FileEntry, Hook, unhindered
@@ -41,7 +41,8 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # or initialize does, and wit
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger, set_z3_leaf_modules
 
-from models.deepspeed_experts import EXPERT_GROUP, ParallelExperts
+from models.deepspeed_experts import EXPERT_GROUP, ExpertMLP, Index, ParallelExperts, group_experts, parts_of
+from models.deepspeed_fusions import install
 from models.tensor_parallel import block, split_dim, split_tensors
 from models.ulysses import split_sequence
 from orchestrator.worker.engines.deepspeed_checkpoint import Held, load, save
@@ -88,8 +89,7 @@ class DeepSpeedEngine:
         self._decoder = self._build_decoder()
         self._pipeline = Pipeline(self._decoder, self._mesh, tied=job.model.tied_embeddings) if layout.pp > 1 else None
         self._mark()
-        experts = (module for module in self._decoder.modules() if isinstance(module, Experts | ParallelExperts))
-        self._rows = RoutedRows(expert for held in experts for expert in held.children())
+        self._rows = RoutedRows(module for module in self._decoder.modules() if isinstance(module, ExpertMLP))
         self.parameters = job.model.parameters
         optimizer = torch.optim.AdamW(
             self._parameter_groups(),
@@ -135,13 +135,15 @@ class DeepSpeedEngine:
     def set_weights(self, source: Source) -> None:
         for held in self._held():
             # In the precision that is trained in: the optimizer's copy begins from what the model sees.
-            self._state.write(held.parameter, "weight", source(held.block).to(held.parameter.dtype))
+            self._state.write(held.parameter, "weight", held.joined(source).to(held.parameter.dtype))
         fill(self._biases(), source)
         self._state.renew()
 
     def weights(self) -> Iterator[Shard]:
         for held in self._held():
-            yield replace(held.block, part=self._state.read(held.parameter, "weight"))
+            value = self._state.read(held.parameter, "weight")
+            for index, shard in held.blocks:
+                yield replace(shard, part=value[index])
         for bias in self._biases():
             yield replace(bias, part=bias.read())
 
@@ -149,7 +151,7 @@ class DeepSpeedEngine:
         self._state.renew(steps)
         for held in self._held():
             for kept in KEPT:
-                self._state.write(held.parameter, kept, source(kept, held.block))
+                self._state.write(held.parameter, kept, held.joined(partial(source, kept)))
         fill(self._biases(), partial(source, "weight"))
 
     def state(self) -> list[Tensor] | None:
@@ -170,7 +172,7 @@ class DeepSpeedEngine:
         load(self._state, self._held(), self._biases(), folder)
 
     def _held(self) -> list[Held]:
-        return [Held(parameter, self._block(name, parameter)) for name, parameter in self._decoder.named_parameters()]
+        return [self._of(parameter, parts) for parameter, parts in parts_of(self._decoder)]
 
     def _biases(self) -> list[Shard]:
         return [whole(f"{name}.bias", router.bias) for name, router in self._routers()]
@@ -199,11 +201,8 @@ class DeepSpeedEngine:
         with torch.device("meta"):
             layers = layout.layers_of(mesh.at["pp"], job.model.layers)
             decoder = WholeModel(job.model, mesh) if layout.pp == 1 else Stage(job.model, layers)
-        if layout.ep > 1:
-            group = self._expert_group()
-            for layer in decoder.modules():
-                if isinstance(layer, MoE):
-                    layer.experts = ParallelExperts(layer.experts, group)
+        install(decoder)
+        group_experts(decoder, self._expert_group() if layout.ep > 1 else None)
         if layout.tp > 1:
             split_tensors(decoder, mesh.tensor)
         if layout.cp > 1:
@@ -310,10 +309,11 @@ class DeepSpeedEngine:
             "buffer_size": -(-largest // self._layout.dp),
         }
 
-    def _block(self, name: str, parameter: Parameter) -> Shard:
-        """Which block of the model's tensors a parameter is; ZeRO-3 leaves its own shape aside."""
-        size = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        return block(name, parameter.data, size, self._mesh.at["tp"], self._layout.tp)
+    def _of(self, parameter: Parameter, parts: Sequence[tuple[Index, str]]) -> Held:
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        at, degree = self._mesh.at["tp"], self._layout.tp
+        blocks = [(index, block(name, parameter.data, shape[len(index) :], at, degree)) for index, name in parts]
+        return Held(parameter, shape, blocks)
 
     def _step(self) -> float:
         """Clip, step, and forget the gradients. Returns the norm before clipping."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.nn import Parameter
 
-from models.weights import Shard
+from jobs.tensors import Shape
+from models.deepspeed_experts import Index
+from models.weights import Shard, Source
 from orchestrator.files import FileEntry, Hook
 from orchestrator.worker.engines.checkpoint_files import read_files, write_files
 from orchestrator.worker.engines.deepspeed_state import State
@@ -28,21 +31,31 @@ _READ_AT_ONCE = 1 << 28
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter and the block of the model's tensor that it is; the block's `part` is not looked at."""
+    """A parameter, and where in it which blocks of the model's tensors are; the blocks' `part` is not looked at."""
 
     parameter: Parameter
-    block: Shard
+    shape: Shape
+    """Of the whole parameter, which ZeRO-3 leaves it without."""
+    blocks: Sequence[tuple[Index, Shard]]
+
+    def joined(self, source: Source) -> Tensor:
+        """What `source` gives of each block, as the parameter has it, in fp32."""
+        whole = torch.empty(self.shape, device=self.parameter.device)
+        for index, block in self.blocks:
+            whole[index] = source(block).to(whole)
+        return whole
 
 
 def save(state: State, held: Sequence[Held], buffers: Sequence[Shard], folder: Path, before: Hook) -> list[FileEntry]:
     """Collective. A block that several ranks hold is written by one of them, in turn, so that all write a share."""
-    mine = _written_here([entry.block for entry in held] + list(buffers))
+    mine = _written_here([block for entry in held for _, block in entry.blocks] + list(buffers))
     found: dict[str, ShardedTensor | int] = {"steps": state.steps}
     for entry in held:
         for kept in KEPT:
             value = state.read(entry.parameter, kept)
-            if _place(entry.block) in mine:
-                found[_key(kept, entry.block)] = _sharded(kept, entry.block, value.cpu())
+            for index, block in entry.blocks:
+                if _place(block) in mine:
+                    found[_key(kept, block)] = _sharded(kept, block, value[index].cpu())
     for block in buffers:
         if _place(block) in mine:
             found[_key("weight", block)] = _sharded("weight", block, block.read().cpu())
@@ -58,14 +71,15 @@ def load(state: State, held: Sequence[Held], buffers: Sequence[Shard], folder: P
     state.renew(read["steps"])
     for entries in _batches(held):
         wanted = {
-            _key(kept, entry.block): _sharded(kept, entry.block, torch.empty(entry.block.size))
+            _key(kept, block): _sharded(kept, block, torch.empty(block.size))
             for entry in entries
+            for _, block in entry.blocks
             for kept in KEPT
         }
         read = read_files(wanted, folder, whole=False)
         for entry in entries:
             for kept in KEPT:
-                state.write(entry.parameter, kept, read[_key(kept, entry.block)])
+                state.write(entry.parameter, kept, entry.joined(partial(_of, read, kept)))
 
 
 def _written_here(blocks: list[Shard]) -> set[tuple[str, tuple[int, ...]]]:
@@ -80,9 +94,13 @@ def _written_here(blocks: list[Shard]) -> set[tuple[str, tuple[int, ...]]]:
     return {place for turn, (place, ranks) in enumerate(sorted(holders.items())) if ranks[turn % len(ranks)] == rank}
 
 
+def _of(read: dict[str, Tensor], kept: Kept, block: Shard) -> Tensor:
+    return read[_key(kept, block)]
+
+
 def _batches(held: Sequence[Held]) -> Iterator[Sequence[Held]]:
     """As many on every rank, since reading is collective."""
-    elements = sum(torch.Size(entry.block.size).numel() for entry in held)
+    elements = sum(torch.Size(entry.shape).numel() for entry in held)
     count = torch.tensor(-(-elements // _READ_AT_ONCE))
     dist.all_reduce(count, dist.ReduceOp.MAX)
     for index in range(int(count)):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from jobs.architecture import ModelArchitecture
+from kernels.cross_entropy import linear_cross_entropy
 from models.reference import Context
 from models.stages import Stage
 from models.tensor_parallel import vocabulary_cross_entropy
@@ -56,6 +57,9 @@ class WholeModel(Stage):
     def forward(self, batch: MicroBatch, scale: Tensor, auxiliary_weight: float) -> tuple[Tensor, Tensor]:
         """`scale` * sum of cross-entropies, [], and the sum, fp64 []; its backward has the auxiliary losses' too."""
         self.contexts, self.auxiliary_weight = iter((batch.context,)), auxiliary_weight
-        logits = super().forward(batch.tokens)
-        total = total_cross_entropy(logits, batch.labels, batch.mask, self._mesh)
+        if self._mesh.layout.tp > 1:
+            total = total_cross_entropy(super().forward(batch.tokens), batch.labels, batch.mask, self._mesh)
+        else:
+            hidden = self.run(batch.tokens).flatten(0, 1)
+            total = linear_cross_entropy(hidden, self.head_weight, batch.labels.flatten(), batch.mask.flatten())
         return total * scale, total.detach().double()
