@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from jobs.compose import compose
 from jobs.spec import JobSpec
+from kernels.cross_entropy import linear_cross_entropy
 from models.megatron_specs import build_model, transformer_config
+from models.reference import Context, MoE, positions_of
+from models.stages import Stage
 from orchestrator.worker.benches.measure import side_by_side
 from orchestrator.worker.determinism import enforced
 from orchestrator.worker.engines.cuda_stand_in import repair_megatron
@@ -203,9 +206,95 @@ def _transformers(job: JobSpec, tokens: Tensor, *, compiled: bool) -> Step:
     return _forward_backward(model, lambda: call(input_ids=inputs, labels=labels, use_cache=False).loss)
 
 
+def _graphed(job: JobSpec, tokens: Tensor) -> Step:
+    """Recorded once and replayed: what the host's part costs."""
+    step = _ours(job, tokens)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # a recording allows no first calls
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _compiled(job: JobSpec, tokens: Tensor) -> Step:
+    model, loss_of = _model(job, tokens)
+    return _forward_backward(model, torch.compile(loss_of))
+
+
+def _deepspeed(job: JobSpec, tokens: Tensor) -> Step:
+    """As the DeepSpeed engine has it, without ZeRO."""
+    from models.deepspeed_experts import group_experts
+
+    return _reference(job, tokens, lambda decoder: group_experts(decoder, None))
+
+
+def _deepspeed_moe(job: JobSpec, tokens: Tensor) -> Step:
+    """The same around DeepSpeed's own MoE layers, which drop nothing."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_init_required=False)
+
+    def with_theirs(decoder: nn.Module) -> None:
+        for layer in decoder.layers.values():
+            layer.moe = _TheirMoE(job, layer.moe).to(layer.moe.router.weight.dtype)
+
+    return _reference(job, tokens, with_theirs)
+
+
+class _TheirMoE(nn.Module):
+    def __init__(self, job: JobSpec, moe: MoE) -> None:
+        from deepspeed.moe.layer import MoE as DeepSpeedMoE
+
+        super().__init__()
+        model = job.model
+        self.shared = moe.shared
+        self.routed = DeepSpeedMoE(
+            model.hidden, moe.experts[0], num_experts=model.experts, k=model.top_k, drop_tokens=False, use_rts=False
+        )
+        self.routed.set_deepspeed_parallelism()
+
+    def forward(self, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        out, _, _ = self.routed(hidden)
+        return out if self.shared is None else out + self.shared(hidden), hidden.new_zeros(())
+
+
+def _reference(job: JobSpec, tokens: Tensor, change: Callable[[nn.Module], None]) -> Step:
+    from models import deepspeed_fusions
+
+    with torch.device("meta"):
+        decoder = Stage(job.model, range(job.model.layers))
+        deepspeed_fusions.install(decoder)
+    change(decoder)
+    dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
+    decoder = decoder.to(dtype).to_empty(device=tokens.device)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("norm.weight"):
+            nn.init.ones_(parameter)
+    _drawn(decoder.parameters())
+    decoder.auxiliary_weight = 0.0
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
+    context = Context(positions_of(inputs, None))
+    counted = torch.full(labels.shape, 1 / labels.numel(), device=tokens.device)
+
+    def loss_of() -> Tensor:
+        decoder.contexts = iter((context,))
+        return linear_cross_entropy(decoder.run(inputs).flatten(0, 1), decoder.head_weight, labels, counted)
+
+    return _forward_backward(decoder, loss_of)
+
+
 _WAYS: dict[str, Callable[[JobSpec, Tensor], Step]] = {
     "fivefold": _ours,
     "fivefold, deterministic": _deterministic,
+    "fivefold, in a CUDA graph": _graphed,
+    "fivefold, compiled": _compiled,
+    "fivefold, deepspeed": _deepspeed,
+    "deepspeed moe": _deepspeed_moe,
     "megatron-core": _megatron,
     "transformers": lambda job, tokens: _transformers(job, tokens, compiled=False),
     "transformers, compiled": lambda job, tokens: _transformers(job, tokens, compiled=True),
