@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -46,24 +47,31 @@ def layer(rank: int, kind: str) -> None:
     tokens = TOKENS if kind == "cuda" else length
     for name, shape in layers.SHAPES.items():
         tell(doing=f"layers of {name}")
-        _tell_layers(name, (*shape, *small), device, tokens // length, length, ROUNDS[kind])
+        for work, ways in ((name, layers.PEERS), (f"{name}, our ways", layers.OURS)):
+            _tell_layers(work, (*shape, *small), device, tokens // length, length, ROUNDS[kind], ways)
         tell(doing=f"whether gradients of {name} come out alike")
         alike = layers.repeated((*shape, *small), device, batch=tokens // length, sequence=length)
         tell(result={"work": f"gradients of {name}, computed again", "way": "fivefold, deterministic", **alike})
     mixtral = layers.SHAPES["mixtral_8x7b"]
     for length in SEQUENCES if kind == "cuda" else ():
         tell(doing=f"sequences of {length}")
-        _tell_layers(f"sequence {length}", mixtral, device, max(1, TOKENS // length), length, 3, "fivefold")
+        _tell_layers(f"sequence {length}", mixtral, device, max(1, TOKENS // length), length, 3)
     for count in EXPERTS if kind == "cuda" else ():
         tell(doing=f"{count} experts")
         fine = (*mixtral, f"model.experts={count}", "model.top_k=8", "model.expert_ffn=2048")
-        _tell_layers(f"experts {count}", fine, device, 2, 4096, 5, "fivefold")
+        _tell_layers(f"experts {count}", fine, device, 2, 4096, 5)
 
 
 def _tell_layers(
-    work: str, shape: tuple[str, ...], device: torch.device, batch: int, sequence: int, rounds: int, only: str = ""
+    work: str,
+    shape: tuple[str, ...],
+    device: torch.device,
+    batch: int,
+    sequence: int,
+    rounds: int,
+    ways: Collection[str] = ("fivefold",),
 ) -> None:
-    found = layers.measure(shape, device, batch=batch, sequence=sequence, rounds=rounds, only=only)
+    found = layers.measure(shape, device, batch=batch, sequence=sequence, rounds=rounds, names=ways)
     for way, figures in found.items():
         tell(result={"work": work, "way": way, "batch": batch, "sequence": sequence, **figures})
     if device.type == "cuda":
