@@ -185,18 +185,25 @@ class _Shedding:
     def to(self, level: float) -> Placement | None:
         """None where some rank stays above."""
         edge = level * (1 + 1e-9)
-        givers = sorted((-load, rank) for rank, load in enumerate(self._by_rank) if load > edge)
-        takers = [(load, rank) for rank, load in enumerate(self._by_rank) if load < level and self._takes(rank)]
+        givers = [(-load, rank) for rank, load in enumerate(self._by_rank) if load > edge]
+        takers = [(load, rank) for rank, load in enumerate(self._by_rank) if self._takes(rank)]
+        heapq.heapify(givers)
         heapq.heapify(takers)
-        for _, giver in givers:
+        while givers:
+            giver = heapq.heappop(givers)[1]
             while self._by_rank[giver] > edge:
                 pair = self._copy(giver, takers)
                 if pair is None:
                     return None
                 expert, taker = pair
-                part = min(self._by_rank[giver] - level, level - self._by_rank[taker], self._held[giver][expert])
+                # Where nobody has both room and memory left, one who has memory takes it, and gives of its own.
+                room = level - self._by_rank[taker]
+                above = self._by_rank[giver] - level
+                part = min(above, self._held[giver][expert], room if room > 0 else above)
                 self._give(expert, giver, taker, part)
-                if self._takes(taker) and self._by_rank[taker] * (1 + 1e-9) < level:
+                if self._by_rank[taker] > edge:
+                    heapq.heappush(givers, (-self._by_rank[taker], taker))
+                if self._takes(taker):
                     heapq.heappush(takers, (self._by_rank[taker], taker))
         holders: list[list[int]] = [[] for _ in self._senders]
         for rank, held in enumerate(self._held):
@@ -215,13 +222,17 @@ class _Shedding:
                 continue
             aside, found = [], None
             while takers and found is None:
-                taker = heapq.heappop(takers)
-                if expert in self._held[taker[1]]:
-                    aside.append(taker)
-                elif self._takes(taker[1]):
-                    found = taker[1]
-            for taker in aside:
-                heapq.heappush(takers, taker)
+                load, taker = heapq.heappop(takers)
+                if not self._takes(taker):
+                    continue
+                if load != self._by_rank[taker]:
+                    heapq.heappush(takers, (self._by_rank[taker], taker))
+                elif expert in self._held[taker]:
+                    aside.append((load, taker))
+                else:
+                    found = taker
+            for entry in aside:
+                heapq.heappush(takers, entry)
             if found is not None:
                 return expert, found
         return None
