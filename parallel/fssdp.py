@@ -16,12 +16,13 @@ All is computed alike on all ranks from equal loads: ties go to the lower index.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from parallel.estimates.hardware import Link
-from parallel.fssdp_dispatch import loads_by_rank, peak, shares
+from parallel.fssdp_dispatch import Division, divide, peak
 from parallel.placement import Placement
 
 WINDOW = 5
@@ -50,8 +51,15 @@ class LoadHistory:
         return [sum(loads) / len(self._iterations) for loads in zip(*self._iterations, strict=True)]
 
     def forecasts(self) -> list[Sequence[float]]:
-        """What the next iteration may be like, the likeliest first: the mean, then each iteration, the newest first."""
-        return [self.predicted(), *reversed(self._iterations)]
+        """What the next iteration may be like: the mean, each iteration from the newest on, and the trend.
+
+        The trend is as far beyond the newest as that is beyond the mean.
+        """
+        mean = self.predicted()
+        if not self._iterations:
+            return [mean]
+        trend = [max(0.0, 2 * last - middle) for last, middle in zip(self._iterations[-1], mean, strict=True)]
+        return [mean, *reversed(self._iterations), trend]
 
 
 @dataclass(frozen=True)
@@ -133,14 +141,13 @@ def _extended(
     sharded: Placement, placement: Placement, loads: Sequence[float], limits: Limits, moved_from: Placement
 ) -> Placement:
     """`placement` with copies for `loads`; `moved_from` is what there was before anything of this gather moved."""
-    taken = shares(placement, loads)
-    by_rank = loads_by_rank(placement, taken)
-    mean, most = sum(by_rank) / placement.ranks, max(by_rank)
+    division = divide(placement, loads, enough=TOLERANCE)
+    mean, most = sum(loads) / placement.ranks, max(division.by_rank)
     if min(limits.slots, limits.movable) < 1 or most <= mean * (1 + TOLERANCE):
         return placement
 
     def reached(level: float) -> Placement | None:
-        return _Shedding(sharded, placement, taken, limits, moved_from).to(level)
+        return _Shedding(sharded, placement, division, limits, moved_from).to(level)
 
     low, high = mean * (1 + TOLERANCE), most - mean * TOLERANCE
     best = reached(low)
@@ -163,14 +170,14 @@ class _Shedding:
         self,
         sharded: Placement,
         placement: Placement,
-        taken: Sequence[Sequence[float]],
+        division: Division,
         limits: Limits,
         moved_from: Placement,
     ) -> None:
-        self._by_rank = loads_by_rank(placement, taken)
+        self._by_rank = list(division.by_rank)
         self._held: list[dict[int, float]] = [{} for _ in range(placement.ranks)]
         self._free = [limits.slots] * placement.ranks
-        for expert, (held, parts) in enumerate(zip(placement.holders, taken, strict=True)):
+        for expert, (held, parts) in enumerate(zip(placement.holders, division.taken, strict=True)):
             for rank, part in zip(held, parts, strict=True):
                 self._held[rank][expert] = part
                 self._free[rank] -= rank != sharded.holders[expert][0]
@@ -185,25 +192,25 @@ class _Shedding:
     def to(self, level: float) -> Placement | None:
         """None where some rank stays above."""
         edge = level * (1 + 1e-9)
-        givers = [(-load, rank) for rank, load in enumerate(self._by_rank) if load > edge]
-        takers = [(load, rank) for rank, load in enumerate(self._by_rank) if self._takes(rank)]
-        heapq.heapify(givers)
+        givers = sorted((rank for rank, load in enumerate(self._by_rank) if load > edge), key=self._by_rank.__getitem__)
+        takers = [(load, rank) for rank, load in enumerate(self._by_rank) if load < level and self._takes(rank)]
         heapq.heapify(takers)
-        while givers:
-            giver = heapq.heappop(givers)[1]
+        # Where there are too few places to give to, the least loaded givers give to the next, who gives for both.
+        short = len(givers) - sum(min(self._free[rank], self._may_move[rank]) for _, rank in takers)
+        for giver, following in itertools.pairwise(givers[: short + 1] if short > 0 else []):
+            pair = self._copy(giver, [(self._by_rank[following], following)])
+            if pair is not None:
+                expert, taker = pair
+                self._give(expert, giver, taker, min(self._by_rank[giver] - level, self._held[giver][expert]))
+        for giver in reversed(givers):
             while self._by_rank[giver] > edge:
                 pair = self._copy(giver, takers)
                 if pair is None:
                     return None
                 expert, taker = pair
-                # Where nobody has both room and memory left, one who has memory takes it, and gives of its own.
-                room = level - self._by_rank[taker]
-                above = self._by_rank[giver] - level
-                part = min(above, self._held[giver][expert], room if room > 0 else above)
+                part = min(self._by_rank[giver] - level, level - self._by_rank[taker], self._held[giver][expert])
                 self._give(expert, giver, taker, part)
-                if self._by_rank[taker] > edge:
-                    heapq.heappush(givers, (-self._by_rank[taker], taker))
-                if self._takes(taker):
+                if self._takes(taker) and self._by_rank[taker] * (1 + 1e-9) < level:
                     heapq.heappush(takers, (self._by_rank[taker], taker))
         holders: list[list[int]] = [[] for _ in self._senders]
         for rank, held in enumerate(self._held):
@@ -222,17 +229,13 @@ class _Shedding:
                 continue
             aside, found = [], None
             while takers and found is None:
-                load, taker = heapq.heappop(takers)
-                if not self._takes(taker):
-                    continue
-                if load != self._by_rank[taker]:
-                    heapq.heappush(takers, (self._by_rank[taker], taker))
-                elif expert in self._held[taker]:
-                    aside.append((load, taker))
-                else:
-                    found = taker
-            for entry in aside:
-                heapq.heappush(takers, entry)
+                taker = heapq.heappop(takers)
+                if expert in self._held[taker[1]]:
+                    aside.append(taker)
+                elif self._takes(taker[1]):
+                    found = taker[1]
+            for taker in aside:
+                heapq.heappush(takers, taker)
             if found is not None:
                 return expert, found
         return None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from parallel.placement import Placement
 
@@ -46,50 +47,56 @@ class Topology:
         return range(node * self.ranks_per_node, min(self.ranks, (node + 1) * self.ranks_per_node))
 
 
-def shares(placement: Placement, loads: Sequence[float]) -> list[list[float]]:
-    """Of each expert's load, what each of its holders takes, so that the most loaded rank has about as little as can be.
+class Division(NamedTuple):
+    """How experts' loads are divided over their holders."""
 
-    Experts fill their holders in turn to one level, until nothing moves any more: block coordinate descent on the sum
-    of squares of the ranks' loads, whose least point has the least maximum too (Megiddo 1974). loads [experts], out
-    [experts][holders].
+    taken: list[list[float]]
+    """[experts][holders]."""
+    by_rank: list[float]
+
+
+def divide(placement: Placement, loads: Sequence[float], enough: float = SETTLED) -> Division:
+    """Each expert's load divided over its holders so that the most loaded rank has about as little as can be.
+
+    Experts fill their holders in turn to one level, until nothing moves any more or no rank is more than `enough` of
+    the mean above it: block coordinate descent on the sum of squares of ranks' loads, whose least point has the least
+    maximum too (Megiddo 1974). loads [experts].
     """
-    found = [[load / len(held)] * len(held) for held, load in zip(placement.holders, loads, strict=True)]
-    by_rank = loads_by_rank(placement, found)
-    settled = SETTLED * sum(by_rank) / placement.ranks
+    taken: list[list[float]] = []
+    by_rank = [0.0] * placement.ranks
+    for held, load in zip(placement.holders, loads, strict=True):
+        if len(held) == 1:
+            by_rank[held[0]] += load
+            taken.append([load])
+        else:
+            taken.append([0.0] * len(held))
+    mean = sum(loads) / placement.ranks
     divided = [expert for expert, held in enumerate(placement.holders) if len(held) > 1 and loads[expert] > 0]
     divided.sort(key=lambda expert: (-loads[expert], expert))
     for _ in range(PASSES):
         moved = 0.0
         for expert in divided:
-            held, before = placement.holders[expert], found[expert]
-            others = [by_rank[rank] - share for rank, share in zip(held, before, strict=True)]
-            after = found[expert] = _filled(loads[expert], others)
+            held, before = placement.holders[expert], taken[expert]
+            others = [by_rank[rank] - part for rank, part in zip(held, before, strict=True)]
+            after = taken[expert] = _filled(loads[expert], others)
             for rank, other, old, new in zip(held, others, before, after, strict=True):
                 by_rank[rank] = other + new
-                moved = max(moved, new - old)
-        if moved <= settled:
+                if new - old > moved:
+                    moved = new - old
+        if moved <= SETTLED * mean or max(by_rank) <= (1 + enough) * mean:
             break
-    return found
-
-
-def loads_by_rank(placement: Placement, taken: Sequence[Sequence[float]]) -> list[float]:
-    """What each rank computes where holders take `taken` [experts][holders]: out [ranks]."""
-    by_rank = [0.0] * placement.ranks
-    for held, parts in zip(placement.holders, taken, strict=True):
-        for rank, part in zip(held, parts, strict=True):
-            by_rank[rank] += part
-    return by_rank
+    return Division(taken, by_rank)
 
 
 def peak(placement: Placement, loads: Sequence[float]) -> float:
     """Load of the most loaded rank: at least sum(loads) / ranks."""
-    return max(loads_by_rank(placement, shares(placement, loads)))
+    return max(divide(placement, loads).by_rank)
 
 
 def quotas(placement: Placement, loads: Sequence[int]) -> list[list[int]]:
-    """`shares` in whole tokens, [experts][holders]: each within one of its share, an expert's together its load."""
+    """`divide` in whole tokens, [experts][holders]: each within one of its part, an expert's together its load."""
     found = []
-    for load, parts in zip(loads, shares(placement, loads), strict=True):
+    for load, parts in zip(loads, divide(placement, loads).taken, strict=True):
         ends = [min(load, round(end)) for end in itertools.accumulate(parts)]
         ends[-1] = load
         found.append([end - start for start, end in itertools.pairwise([0, *ends])])
@@ -117,8 +124,12 @@ def destinations(
 
 def computed(placement: Placement, tokens: Sequence[Sequence[int]]) -> list[int]:
     """Tokens that each rank computes, [ranks], of tokens [ranks][experts]."""
+    by_rank = [0] * placement.ranks
     limits = quotas(placement, [sum(counts) for counts in zip(*tokens, strict=True)])
-    return [round(load) for load in loads_by_rank(placement, limits)]
+    for held, limit in zip(placement.holders, limits, strict=True):
+        for rank, number in zip(held, limit, strict=True):
+            by_rank[rank] += number
+    return by_rank
 
 
 def _filled(amount: float, loads: Sequence[float]) -> list[float]:
@@ -130,7 +141,7 @@ def _filled(amount: float, loads: Sequence[float]) -> list[float]:
             break
         total += load
         level = total / (count + 1)
-    return [max(0.0, level - load) for load in loads]
+    return [level - load if level > load else 0.0 for load in loads]
 
 
 def _sent(
@@ -146,11 +157,14 @@ def _sent(
         spare[rank] -= stays
     if own > left[source]:
         sent[source] = own - left[source]
+    by_node: dict[int, dict[int, int]] = {}
+    for rank, number in spare.items():
+        by_node.setdefault(topology.node(rank), {})[rank] = number
     # What the ranks before the source send beyond their nodes, and what is then left of holders' quotas.
     ahead, beyond = 0, 0
     for node in range(topology.nodes):
         ranks = topology.ranks_of(node)
-        near = {rank: spare[rank] for rank in ranks if rank in spare}
+        near = by_node.get(node, {})
         asked = sum(left[ranks.start : ranks.stop])
         stays = min(asked, sum(near.values()))
         if source in ranks:
