@@ -7,8 +7,8 @@ places that are left for later layers.
 
 Hecate places the t heaviest experts last, wherever a place is left, as they are copied everywhere. Ours are copied no
 more than is needed (parallel/fssdp.py), so it matters where they live: 58 layers of 256 experts, sharded over 64 ranks
-from nothing, are served equally well by 35 copies a layer so, by 42 with the two heaviest of each layer last, by 51 with
-all last that weigh more than a rank's mean.
+from nothing, are served equally well by 35 copies a layer so, by 42 with the two heaviest of each layer last, by 51
+with all last that weigh more than a rank's mean.
 """
 
 from __future__ import annotations
