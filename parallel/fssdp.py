@@ -21,6 +21,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from parallel.estimates.hardware import Link
 from parallel.fssdp_dispatch import Division, divide, peak
@@ -193,17 +194,20 @@ class _Shedding:
     def to(self, level: float) -> Placement | None:
         """None where some rank stays above."""
         edge = level * (1 + 1e-9)
-        givers = sorted((rank for rank, load in enumerate(self._by_rank) if load > edge), key=self._by_rank.__getitem__)
+        largest = [max(held.values(), default=0.0) for held in self._held]
+        givers = [rank for rank, load in enumerate(self._by_rank) if load > edge]
         takers = [(load, rank) for rank, load in enumerate(self._by_rank) if load < level and self._takes(rank)]
         heapq.heapify(takers)
-        # Where there are too few places to give to, the least loaded givers give to the next, who gives for both.
-        short = len(givers) - sum(min(self._free[rank], self._may_move[rank]) for _, rank in takers)
+        # Short of places, givers of many small parts give to one of larger parts, who gives for both in fewer.
+        parts = sum(ceil((self._by_rank[giver] - level) / largest[giver]) for giver in givers)
+        short = parts - sum(min(self._free[rank], self._may_move[rank]) for _, rank in takers)
+        givers.sort(key=lambda rank: (largest[rank], self._by_rank[rank], rank))
         for giver, following in itertools.pairwise(givers[: short + 1] if short > 0 else []):
             pair = self._copy(giver, [(self._by_rank[following], following)])
             if pair is not None:
                 expert, taker = pair
                 self._give(expert, giver, taker, min(self._by_rank[giver] - level, self._held[giver][expert]))
-        for giver in reversed(givers):
+        for giver in sorted(givers, key=lambda rank: (-self._by_rank[rank], rank)):
             while self._by_rank[giver] > edge:
                 pair = self._copy(giver, takers)
                 if pair is None:

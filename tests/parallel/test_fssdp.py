@@ -150,13 +150,15 @@ def test_a_hot_expert_is_divided_and_no_other() -> None:
     assert placement.holders == ((0, 1, 2, 3), (0,), (1,), (1,), (2,), (2,), (3,), (3,))
 
 
-def test_a_rank_with_memory_but_no_room_hands_on() -> None:
+def test_where_places_are_few_one_rank_gives_for_two() -> None:
     placement = materialise(Placement.sharded([0, 1, 1], 3), [[18, 14, 4]], Limits(1, PLENTY))
     assert least_peak(placement, [18, 14, 4]) <= 12 * (1 + TOLERANCE)
 
 
-WORST = {1: 1.25, 2: 1.18, 3: 1.03}
-"""Of slots: the peak over the least that any placement within the limits has, at most (searched through)."""
+WORST = 1.04
+"""The peak over the least of any placement within the same memory, at most: of a million drawn none had 1.031."""
+WORST_OF_A_BUSY_LINK = 1.25
+"""The same where the link is what limits: 1.2, of three equal experts on one rank, two on another and none on a third."""
 
 
 @settings(deadline=None, max_examples=60)
@@ -166,18 +168,18 @@ def test_near_the_best_of_every_placement(slots: int, link: int, data: st.DataOb
     limits = Limits(slots, link)
     best = min(least_peak(placement, loads) for placement in every_placement(sharded, limits))
     found = materialise(sharded, [loads], limits)
-    assert least_peak(found, loads) <= best * WORST[slots]
+    assert least_peak(found, loads) <= best * (WORST if link == PLENTY else WORST_OF_A_BUSY_LINK)
     assert peak(found, loads) == pytest.approx(least_peak(found, loads), rel=0.005)
 
 
-@pytest.mark.parametrize(("slots", "worst"), WORST.items())
-def test_near_the_best_wherever_the_experts_are(slots: int, worst: float) -> None:
+@pytest.mark.parametrize("slots", [1, 2])
+def test_near_the_best_wherever_the_experts_are(slots: int) -> None:
     for owners in itertools.combinations_with_replacement(range(3), 3):
         sharded, limits = Placement.sharded(owners, 3), Limits(slots, PLENTY)
         every = list(every_placement(sharded, limits))
-        for loads in itertools.product((1, 2, 3, 5, 8), repeat=3):
+        for loads in itertools.product((1, 2, 5), repeat=3):
             best = min(least_peak(placement, loads) for placement in every)
-            assert least_peak(materialise(sharded, [loads], limits), loads) <= best * worst
+            assert least_peak(materialise(sharded, [loads], limits), loads) <= best * (1 + TOLERANCE + 0.001)
 
 
 @given(shardings(), st.integers(1, 6))
