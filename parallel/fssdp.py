@@ -80,13 +80,28 @@ class Limits:
     """
 
 
-def movable(window_seconds: float, link: Link, expert_bytes: float, experts: int) -> int:
-    """Experts that `link` moves in a window, t = B (T - latency) / bytes of an expert, at most all: Hecate's t."""
-    return max(0, min(experts, int((window_seconds - link.latency_seconds) * link.bytes_per_second / expert_bytes)))
+@dataclass(frozen=True)
+class Wire:
+    """The link that a rank's copies cross: the network's where the ranks are of several nodes."""
+
+    link: Link
+    expert_bytes: float
+
+    def movable(self, window_seconds: float, experts: int) -> int:
+        """Experts of `experts` that fit into a window: Hecate's t = B (T - latency) / bytes of an expert."""
+        fitting = int((window_seconds - self.link.latency_seconds) * self.link.bytes_per_second / self.expert_bytes)
+        return max(0, min(experts, fitting))
+
+    def seconds(self, experts: int) -> float:
+        """That a gather takes whose busiest rank moves so many."""
+        return self.link.latency_seconds + experts * self.expert_bytes / self.link.bytes_per_second
 
 
 def busiest(before: Placement, after: Placement) -> int:
-    """Experts that the busiest rank moves between two placements, handed on as `Limits.movable` says."""
+    """Experts that the busiest rank moves between two placements, handed on as `Limits.movable` says.
+
+    The first of several who held an expert sends it.
+    """
     return max(_moved(before, after))
 
 
@@ -102,13 +117,7 @@ def materialise(sharded: Placement, forecasts: Sequence[Sequence[float]], limits
 
 
 def calibrate(
-    sharded: Placement,
-    placement: Placement,
-    loads: Sequence[int],
-    slots: int,
-    token_seconds: float,
-    link: Link,
-    expert_bytes: float,
+    sharded: Placement, placement: Placement, loads: Sequence[int], slots: int, token_seconds: float, wire: Wire
 ) -> Placement | None:
     """`placement` and further copies, where what they save is more than what a gather that nothing hides takes.
 
@@ -121,8 +130,7 @@ def calibrate(
     for most in range(1, slots + 1):
         extended = _extended(sharded, placement, loads, Limits(slots, most), placement)
         moved = busiest(placement, extended)
-        gather = link.latency_seconds + moved * expert_bytes / link.bytes_per_second
-        saved = (before - peak(extended, loads)) * token_seconds - gather
+        saved = (before - peak(extended, loads)) * token_seconds - wire.seconds(moved)
         if moved and saved > best_saved:
             best, best_saved = extended, saved
     return best
