@@ -62,7 +62,7 @@ def measure(
     rounds: int,
     names: Collection[str] = ("fivefold",),
 ) -> dict[str, dict[str, Any]]:
-    """By way of these names: seconds and FLOP/s of the model, forward and backward. Wants torch.distributed, one rank."""
+    """By way of these names: seconds and FLOP/s of the model, forward and backward. Wants torch.distributed."""
     job, tokens = _set_up(shape, device, batch, sequence)
     flops = job.model.flops_per_token(sequence) * batch * sequence
     ways, failed = {}, {}
