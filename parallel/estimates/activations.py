@@ -7,6 +7,7 @@ divided by sequence parallelism alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jobs.architecture import ModelArchitecture
@@ -42,25 +43,56 @@ def routed_rows(workload: Workload) -> float:
     return workload.tokens / layout.tp * model.top_k * layout.etp * factor
 
 
+def most_routed_rows(workload: Workload) -> float:
+    """The same if every token goes to that rank's experts, as far as top_k and the capacity let it."""
+    model, layout = workload.model, workload.layout
+    factor = layout.ep * min(1.0, model.experts / layout.ep / model.top_k)
+    if model.capacity_factor:
+        factor = min(factor, model.capacity_factor)
+    return workload.tokens / layout.tp * model.top_k * layout.etp * factor
+
+
 def layer_bytes(workload: Workload, moe: bool) -> LayerBytes:
     """One layer, dense or MoE, of a micro-batch."""
+    layout, recompute = workload.layout, workload.recompute
+    parts = layer_parts(workload, moe, routed_rows(workload) if moe else 0.0)
+    turn = _score_elements(workload) * GRADIENT_BYTES[workload.attention_kernel]
+    whole = sum(parts.values())
+    if "layer" in recompute:
+        row = workload.element * workload.micro_batch * workload.sequence_length / layout.cp
+        return LayerBytes((row / layout.tp if layout.sp else row) * workload.model.hidden, whole + turn)
+    dropped = {name: parts[name] for name in computed_again(parts, recompute)}
+    return LayerBytes(whole - sum(dropped.values()), max(dropped.values(), default=0.0) + turn)
+
+
+def computed_again(parts: Iterable[str], recompute: frozenset[str]) -> list[str]:
+    """Of a layer's parts, those that backward makes again, where it does not make all of the layer."""
+    gone = [name for name in parts if name in recompute]
+    if "moe" in recompute:
+        gone += [name for name in ("shared_experts", "router", "experts", "moe_act") if name in parts]
+    return gone
+
+
+def layer_parts(workload: Workload, moe: bool, routed: float) -> dict[str, float]:
+    """What one layer keeps, by what keeps it, nothing computed again.
+
+    routed: rows that the experts of an MoE layer receive.
+    """
     model, layout, element = workload.model, workload.layout, workload.element
-    tp, cp, etp, sp = layout.tp, layout.cp, layout.etp, layout.sp
-    attention, copies, recompute = workload.attention_kernel, workload.activation_copies, workload.recompute
-    micro_batch, sequence = workload.micro_batch, workload.sequence_length
-    tokens = micro_batch * sequence / cp
+    tp, etp, sp = layout.tp, layout.etp, layout.sp
+    attention, copies = workload.attention_kernel, workload.activation_copies
+    tokens = workload.micro_batch * workload.sequence_length / layout.cp
     row = element * tokens  # of one element of each token
     apart = row / tp if sp else row  # of what only sequence parallelism divides
     hidden = model.hidden
     # Of what matrix products alone keep, their input: Transformer Engine keeps it in 8 bits where it multiplies so.
     factor = 1 / element if workload.precision == "fp8" else 1.0
-    scores = micro_batch * model.heads / tp * sequence * sequence / cp
     parts = {
         "residual": apart * 2 * hidden,
         "layernorm": factor * apart * 2 * hidden,
         "norm_fp32": 0.0 if workload.fused_norm else (4 + element) / element * apart * 2 * hidden,
         **_attention(model, row, apart, tp),
-        "core_attn": _scores(attention, scores, tokens, model, tp),
+        "core_attn": _scores(attention, _score_elements(workload), tokens, model, tp),
         # FlashAttention 1 takes query, key and value in one tensor: a copy.
         "packed": row * (model.heads + 2 * model.kv_heads) * model.head_dim / tp if attention == "flash1" else 0.0,
     }
@@ -69,21 +101,18 @@ def layer_bytes(workload: Workload, moe: bool) -> LayerBytes:
     if not moe:
         parts["mlp"] = row * (taken + made - 1 + factor) * model.ffn / tp
     else:
-        routed = routed_rows(workload)
         parts["shared_experts"] = row * (taken + made - 1 + factor) * model.shared_expert_ffn / tp
         parts["router"] = 4 * 3 * model.experts * (tokens / tp if sp else tokens)
         parts["experts"] = element * routed * (factor * hidden + taken * model.expert_ffn / etp)
         # The router's weights multiply what the activation gives: where that is a kernel of its own, it is kept too.
         parts["moe_act"] = element * routed * (made - 1 + factor + (copies > 0)) * model.expert_ffn / etp
-    turn = scores * GRADIENT_BYTES[attention]
-    whole = sum(parts.values())
-    if "layer" in recompute:
-        return LayerBytes(apart * hidden, whole + turn)
-    gone = [name for name in parts if name in recompute]
-    if "moe" in recompute:
-        gone += [name for name in ("shared_experts", "router", "experts", "moe_act") if name in parts]
-    dropped = {name: parts[name] for name in gone}
-    return LayerBytes(whole - sum(dropped.values()), max(dropped.values(), default=0.0) + turn)
+    return parts
+
+
+def _score_elements(workload: Workload) -> float:
+    """Attention scores of a micro-batch on one rank."""
+    layout, sequence = workload.layout, workload.sequence_length
+    return workload.micro_batch * workload.model.heads / layout.tp * sequence * sequence / layout.cp
 
 
 def _attention(model: ModelArchitecture, row: float, apart: float, tp: int) -> dict[str, float]:
