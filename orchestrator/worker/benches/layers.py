@@ -116,8 +116,8 @@ def _set_up(shape: tuple[str, ...], device: torch.device, batch: int, sequence: 
 
 def _forward_backward(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
     def step() -> None:
-        model.zero_grad(set_to_none=True)
         loss_of().backward()
+        model.zero_grad(set_to_none=True)  # now, not before the next: others need the memory
 
     return step
 
@@ -282,8 +282,8 @@ def _reference(job: JobSpec, tokens: Tensor, change: Callable[[nn.Module], None]
     dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
     decoder = decoder.to(dtype).to_empty(device=tokens.device)
     for name, parameter in decoder.named_parameters():
-        if name.endswith("norm.weight"):
-            nn.init.ones_(parameter)
+        if parameter.dim() == 1:
+            nn.init.constant_(parameter, float(name.endswith("norm.weight")))
     _drawn(decoder.parameters())
     decoder.auxiliary_weight = 0.0
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()

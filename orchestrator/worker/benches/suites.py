@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection
 from typing import Any
 
@@ -74,6 +75,7 @@ def _tell_layers(
     found = layers.measure(shape, device, batch=batch, sequence=sequence, rounds=rounds, names=ways)
     for way, figures in found.items():
         tell(result={"work": work, "way": way, "batch": batch, "sequence": sequence, **figures})
+    gc.collect()  # models are cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -89,6 +91,8 @@ def _device(rank: int, kind: str) -> torch.device:
         install()
         return torch.device("cpu")
     determinism.allow()
+    # Peers beside one another leave holes that none of them fills.
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     return torch.device("cuda", rank)
 
 
