@@ -23,10 +23,11 @@ test-slow: $(VENV)/.ready
 exact: $(VENV)/.ready
 	$(BIN)/python tests/exactness/run.py --json docs/exactness/cpu-fp32.json
 
-# The same with the kernels that GPUs run, which Triton interprets here: six minutes for two layouts.
+# The same with the kernels that GPUs run, which Triton interprets here: ten minutes for three layouts.
 exact-kernels: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(BIN)/fivefold exact quickstart layout.tp=2 layout.dp=2 layout.ep=2
 	TRITON_INTERPRET=1 $(BIN)/fivefold exact quickstart layout.dp=2 layout.pp=2 layout.ep=1
+	TRITON_INTERPRET=1 $(BIN)/fivefold exact quickstart engine=deepspeed layout.dp=2 layout.ep=2 layout.zero_stage=2
 
 # Each night: other layouts, drawn from a seed that is printed first.
 exact-random: $(VENV)/.ready

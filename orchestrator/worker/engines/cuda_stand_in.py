@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,9 +62,9 @@ class _Stream:
 _stream = _Stream()
 
 
-@contextlib.contextmanager
-def _use_stream(stream: _Stream) -> Iterator[None]:
-    yield
+def _use_stream(stream: _Stream) -> contextlib.AbstractContextManager[None]:
+    """Which may be entered again, as torch's may: Megatron does."""
+    return contextlib.nullcontext()
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
