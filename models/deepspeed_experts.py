@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from kernels.experts import expert_mlp
 from kernels.permute import Order, combine, order_by_expert, permute, permute_weights
-from models.reference import Experts, MoE, Routing
-from parallel.collectives import exchange_rows
+from models.reference import Context, Experts, Layer, MoE, Routing
+from models.sparse_experts import Means, Owned, SparseExperts
+from parallel.collectives import Lane, exchange_rows
 
 EXPERT_GROUP = "experts"
 """The name by which DeepSpeed knows the groups of expert parameters."""
@@ -111,6 +113,46 @@ class ParallelExperts(DeepSpeedMoE):
         return combine(self.mlp(permute(rows, order), permute_weights(weights[:, None], order), order.counts), order)
 
 
+class FullyShardedExperts(nn.Module):
+    """`models.reference.Experts` under FSSDP, see `models.sparse_experts`."""
+
+    def __init__(self, sparse: SparseExperts) -> None:
+        super().__init__()
+        self.sparse = sparse
+
+    def forward(self, hidden: Tensor, routing: Routing) -> Tensor:
+        """As `ParallelExperts`."""
+        chosen, weights = _spread(routing, self.sparse.experts)
+        return self.sparse(hidden.flatten(0, 1), chosen, weights).view_as(hidden)
+
+
+def shard_experts(decoder: nn.Module, lane: Lane, group: dist.ProcessGroup, means: Means) -> Owned:
+    """Have a decoder's mixtures computed so, over `group`. It may be without memory yet."""
+    layers = {}
+    for name, layer in decoder.named_modules():
+        if not isinstance(layer, Layer) or not hasattr(layer, "moe"):
+            continue
+        experts = layer.moe.experts
+        width, hidden = experts[0].gate.weight.shape
+        empty = experts[0].gate.weight.new_empty
+        places = range(len(experts) // dist.get_world_size(group))
+        sparse = SparseExperts(
+            layer.moe.router.model,
+            [nn.Parameter(empty(2, width, hidden)) for _ in places],
+            [nn.Parameter(empty(hidden, width)) for _ in places],
+            *(lane, group, means),
+        )
+        layer.moe.experts = FullyShardedExperts(sparse)
+        layer.register_forward_pre_hook(partial(_send_first, sparse))
+        layers[int(name.rpartition(".")[2])] = sparse
+    return Owned(layers)
+
+
+def _send_first(sparse: SparseExperts, _: nn.Module, given: tuple[Tensor, Context]) -> tuple[Tensor, Context]:
+    hidden, context = given
+    return sparse.send_for_copies(hidden), context
+
+
 def group_experts(decoder: nn.Module, group: dist.ProcessGroup | None) -> None:
     """Have a decoder's mixtures computed so, over `group` if there is one. It may be without memory yet."""
     for module in decoder.modules():
@@ -132,7 +174,13 @@ def parts_of(decoder: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[Inde
 
 def _ordered(routing: Routing, experts: int) -> tuple[Order, Tensor]:
     """Where tokens' copies go, and the copies' weights, [tokens * top_k]."""
+    chosen, weights = _spread(routing, experts)
+    order = order_by_expert(chosen, routing.experts.shape[-1])
+    return order, permute_weights(weights, order)
+
+
+def _spread(routing: Routing, experts: int) -> tuple[Tensor, Tensor]:
+    """Who is chosen (bool), and the weights, both [tokens, experts]."""
     chosen, weights = routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)
     empty = weights.new_zeros(len(chosen), experts)
-    order = order_by_expert(empty.bool().scatter(1, chosen, True), chosen.shape[1])
-    return order, permute_weights(empty.scatter(1, chosen, weights), order)
+    return empty.bool().scatter(1, chosen, True), empty.scatter(1, chosen, weights)

@@ -1,0 +1,322 @@
+"""Experts under fully sharded sparse data parallelism: owned by one rank of a group, computed by as many as they need.
+
+After Hecate. A rank has as many places for experts as under expert parallelism, but any expert of its layers may lie in
+any of them: `Owned` says who owns what, for all of a rank's layers, and `SparseExperts` computes a layer's. What is
+decided is `parallel.fssdp`'s; how copies come and go, `parallel.replicas`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from jobs.architecture import ModelArchitecture
+from kernels.experts import expert_mlp
+from kernels.permute import Order, combine, order_by_expert, permute, permute_weights
+from parallel.collectives import Lane, Spread, exchange_rows, spreads
+from parallel.fssdp import WINDOW, Limits, LoadHistory, Wire, calibrate, materialise
+from parallel.fssdp_dispatch import Topology, destinations
+from parallel.placement import Placement
+from parallel.replicas import Replicas
+
+
+@dataclass(frozen=True)
+class Means:
+    """What copies have at their disposal."""
+
+    topology: Topology
+    limits: Limits
+    token_seconds: float = 0.0
+    """Forward and backward of one token in one expert; with `wire`, for what is decided once the gate has spoken."""
+    wire: Wire | None = None
+
+
+class SparseExperts(nn.Module):
+    """A layer's experts, and this rank's places for experts of any layer.
+
+    `gate_up` and `down` have a parameter a place: [2, width, hidden], gate first, and [hidden, width].
+    """
+
+    owners: Tensor
+    history: Tensor
+
+    def __init__(
+        self,
+        model: ModelArchitecture,
+        gate_up: Sequence[nn.Parameter],
+        down: Sequence[nn.Parameter],
+        lane: Lane,
+        group: dist.ProcessGroup,
+        means: Means,
+    ) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.ParameterList(gate_up), nn.ParameterList(down)
+        self.experts, self.top_k = model.experts, model.top_k
+        self._lane, self._group, self._means = lane, group, means
+        self._ranks = dist.get_world_size(group)
+        even = Placement.even(self.experts, self._ranks)
+        # State of a run, as weights are: what copies are made of depends on it, and so the last bit of a sum.
+        self.register_buffer("owners", torch.tensor([held[0] for held in even.holders]))
+        self.register_buffer("history", torch.full((WINDOW, self.experts), -1))
+        self.held: dict[int, Sequence[Tensor]] = {}
+        """By expert that this rank owns, its parameters, wherever they lie."""
+        self.sharded = self.placement = even
+        self._loads = torch.zeros(self.experts, dtype=torch.int64)
+        self._replicas: Replicas | None = None
+        self.below: SparseExperts | None = None
+        """The layer that a micro-batch visits before this one on this rank."""
+        self.last: Replicas | None = None
+
+    def decide(self) -> None:
+        """What is copied in the iteration that begins. Alike on all ranks."""
+        loads = LoadHistory(self.experts)
+        for iteration in self.history.tolist():
+            if iteration[0] >= 0:
+                loads.add(iteration)
+        self.placement = materialise(self.sharded, loads.forecasts(), self._means.limits)
+
+    def remember(self) -> None:
+        """The loads of the iteration that ends."""
+        self.history.copy_(torch.cat((self.history[1:], self._loads[None].to(self.history.device))))
+        self._loads.zero_()
+
+    def send_for_copies(self, hidden: Tensor) -> Tensor:
+        """Before the layer's attention, or at any later time before `forward`. Gives `hidden` itself."""
+        is_first_pass = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        below = self.below.last if is_first_pass and self.below is not None else None
+        self._replicas = self._copies(spreads(self.sharded, self.placement), below)
+        self.last = self._replicas if is_first_pass else None
+        return hidden if self._replicas is None else self._replicas.begin(hidden)
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Hidden states [tokens, hidden], who is chosen (bool) and routers' weights, both [tokens, experts].
+
+        Gives the weighted sum of what each token's experts make of it, [tokens, hidden].
+
+        Forward and backward: each an all-to-all of the tokens' copies there and one back, but for those that stay; and,
+        forward, an all-gather of as many counts as there are experts and an all-to-all of counts.
+        """
+        order = order_by_expert(chosen, self.top_k)
+        counts = order.counts.new_empty(self._ranks * self.experts)
+        dist.all_gather_into_tensor(counts, order.counts, group=self._group)
+        tokens = counts.view(self._ranks, self.experts).tolist()
+        loads = [sum(each) for each in zip(*tokens, strict=True)]
+        if self.training and torch.is_grad_enabled():  # once, if forward is computed again in backward
+            self._loads += torch.tensor(loads)
+        replicas, self._replicas = [self._replicas] if self._replicas is not None else [], None
+        placement = self.placement
+        further = self._calibrated(loads)
+        if further is not None:
+            extra = self._copies(spreads(self.sharded, further, placement))
+            assert extra is not None
+            hidden, placement = extra.begin(hidden), further
+            replicas.append(extra)
+
+        trip = _Trip.of(placement, self._means.topology, tokens, order, self._lane.rank, self._group)
+        rows, of_rows = trip.there(hidden, weights)
+        stacks = [self._own_stacks()]
+        for each in replicas:
+            rows, *copies = each.enter(rows)
+            stacks.append((each.experts, *copies))
+        made = trip.computed(rows, of_rows, stacks)
+        for each in replicas:
+            made = each.leave(made)
+        return trip.back(made)
+
+    def _copies(self, spread: Mapping[int, Spread], below: Replicas | None = None) -> Replicas | None:
+        if not spread:
+            return None
+        owned = {expert: self.held[expert] for expert in spread if expert in self.held}
+        shapes = (self.gate_up[0].flatten(0, 1).shape, self.down[0].shape)
+        return Replicas(self._lane, spread, owned, shapes, self.gate_up[0], below)
+
+    def _calibrated(self, loads: Sequence[int]) -> Placement | None:
+        means = self._means
+        if means.wire is None:
+            return None
+        slots = means.limits.slots
+        return calibrate(self.sharded, self.placement, loads, slots, means.token_seconds, means.wire)
+
+    def _own_stacks(self) -> tuple[Any, ...]:
+        """Experts in the order of their addresses, and their weights, which are not copied where they adjoin."""
+        own = sorted(self.held, key=lambda expert: self.held[expert][0].data_ptr())
+        gate_up = _Stack.apply(*(self.held[expert][0] for expert in own)) if own else None
+        down = _Stack.apply(*(self.held[expert][1] for expert in own)) if own else None
+        return own, None if gate_up is None else gate_up.flatten(1, 2), down
+
+
+class Owned:
+    """The layers of a rank that share its places, in the order in which a micro-batch visits them."""
+
+    def __init__(self, layers: Mapping[int, SparseExperts]) -> None:
+        """layers: by number, from 0, in the model."""
+        self.layers = dict(sorted(layers.items()))
+        below = None
+        for layer in self.layers.values():
+            layer.below, below = below, layer
+        self.places = [(layer, at) for layer in self.layers.values() for at in range(len(layer.gate_up))]
+        self.experts: list[tuple[int, int]] = []
+        """Layer and expert that lie in each of `places`."""
+        self.settle()
+
+    def settle(self) -> None:
+        """Owners are as the layers' `owners` say; each rank's experts lie by layer and number."""
+        for layer in self.layers.values():
+            layer.sharded = Placement.sharded(layer.owners.tolist(), layer._ranks)
+        rank = next(iter(self.layers.values()))._lane.rank
+        self.experts = [
+            (number, expert) for number, layer in self.layers.items() for expert in layer.sharded.held_by(rank)
+        ]
+        assert len(self.experts) == len(self.places), "all ranks own equally many experts"
+        for layer in self.layers.values():
+            layer.held = {}
+        for (number, expert), (home, at) in zip(self.experts, self.places, strict=True):
+            self.layers[number].held[expert] = (home.gate_up[at], home.down[at])
+
+    def parameters(self) -> Iterator[tuple[int, int, nn.Parameter, nn.Parameter]]:
+        """Layer, expert, and its gate_up and down."""
+        for (number, expert), (home, at) in zip(self.experts, self.places, strict=True):
+            yield number, expert, home.gate_up[at], home.down[at]
+
+
+class _Stack(torch.autograd.Function):
+    """Tensors of one shape as one; no copy where they follow one another in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        first, size = tensors[0], tensors[0].numel()
+        step = size * first.element_size()
+        adjoin = all(
+            tensor.is_contiguous()
+            and tensor.data_ptr() == first.data_ptr() + number * step
+            and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            for number, tensor in enumerate(tensors)
+        )
+        if not adjoin:
+            return torch.stack(tensors)
+        return first.data.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient.unbind()
+
+
+@dataclass(frozen=True)
+class _Trip:
+    """A micro-batch's way to the ranks that hold its experts, and back."""
+
+    placement: Placement
+    rank: int
+    group: dist.ProcessGroup
+    order: Order
+    """Of this rank's rows: by the rank that they go to, then by expert."""
+    sent: list[int]
+    received: list[int]
+    counts: list[list[int]]
+    """[ranks][experts held here, ascending], of the rows that come from there."""
+
+    @classmethod
+    def of(
+        cls,
+        placement: Placement,
+        topology: Topology,
+        tokens: Sequence[Sequence[int]],
+        order: Order,
+        rank: int,
+        group: dist.ProcessGroup,
+    ) -> _Trip:
+        """tokens [ranks][experts]; `order` is by expert alone. Collective where an expert has several holders."""
+        held = placement.held_by(rank)
+        if placement.is_sharded:
+            owners = [owner for (owner,) in placement.holders]
+            to = [[(owner, number)] for owner, number in zip(owners, tokens[rank], strict=True)]
+            counts = [[each[expert] for expert in held] for each in tokens]
+        else:
+            to = destinations(placement, topology, tokens, rank)
+            counts = _exchanged_counts(placement, to, group, order.counts.device)
+        runs, begin = [], 0
+        for expert, parts in enumerate(to):
+            for receiver, number in parts:
+                runs.append((receiver, expert, begin, number))
+                begin += number
+        runs.sort()
+        sent = [0] * placement.ranks
+        for receiver, _, _, number in runs:
+            sent[receiver] += number
+        return cls(placement, rank, group, _reordered(order, runs), sent, list(map(sum, counts)), counts)
+
+    def there(self, hidden: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and their routers' weights, by the rank that they come from, then by expert."""
+        rows = exchange_rows(permute(hidden, self.order), self.sent, self.received, self.group)
+        return rows, exchange_rows(permute_weights(weights, self.order), self.sent, self.received, self.group)
+
+    def computed(self, rows: Tensor, weights: Tensor, stacks: Sequence[tuple[Any, ...]]) -> Tensor:
+        """What the experts make of rows, which stay where they are. Of each stack: its experts, gate_up and down."""
+        held = self.placement.held_by(self.rank)
+        here = [expert for experts, *_ in stacks for expert in experts]
+        at = torch.tensor([here.index(expert) for expert in held], dtype=torch.int64, device=rows.device)
+        counts = torch.tensor(self.counts, dtype=torch.int64, device=rows.device).view(len(self.counts), len(held))
+        stack_of = at.repeat(len(self.counts)).repeat_interleave(counts.flatten(), output_size=len(rows))
+        by_expert = stack_of.argsort(stable=True)
+        order = Order(
+            row_of=by_expert.argsort().int()[:, None],
+            token_of=by_expert.int(),
+            cell_of=by_expert,
+            counts=counts.sum(0),
+        )
+        rows, weights = permute(rows, order), permute_weights(weights[:, None], order)
+        total = {expert: sum(each[number] for each in self.counts) for number, expert in enumerate(held)}
+        made, begin = [], 0
+        for experts, gate_up, down in stacks:
+            if not experts:
+                continue
+            sizes = [total[expert] for expert in experts]
+            run = slice(begin, begin + sum(sizes))
+            ends = torch.tensor(sizes).cumsum(0, dtype=torch.int32).to(rows.device)
+            made.append(expert_mlp(rows[run], weights[run], ends, gate_up, down))
+            begin = run.stop
+        if not made:  # but of weights too: their way back is walked by all ranks or by none
+            made.append(rows * weights[:, None])
+        return combine(made[0] if len(made) == 1 else torch.cat(made), order)
+
+    def back(self, made: Tensor) -> Tensor:
+        """The sum of each token's copies, [tokens, hidden]."""
+        return combine(exchange_rows(made, self.received, self.sent, self.group), self.order)
+
+
+def _exchanged_counts(
+    placement: Placement, to: Sequence[Sequence[tuple[int, int]]], group: dist.ProcessGroup, device: torch.device
+) -> list[list[int]]:
+    """[ranks][experts held here, ascending]: each rank tells every holder how many rows it sends of each expert."""
+    held = [placement.held_by(rank) for rank in range(placement.ranks)]
+    going = [dict(parts) for parts in to]
+    told = [going[expert].get(rank, 0) for rank, experts in enumerate(held) for expert in experts]
+    mine = len(held[dist.get_rank(group)])
+    heard = torch.empty(placement.ranks * mine, dtype=torch.int64, device=device)
+    dist.all_to_all_single(
+        heard,
+        torch.tensor(told, dtype=torch.int64, device=device),
+        [mine] * placement.ranks,
+        list(map(len, held)),
+        group=group,
+    )
+    return [part.tolist() for part in heard.cpu().view(placement.ranks, mine)]
+
+
+def _reordered(order: Order, runs: Sequence[tuple[int, int, int, int]]) -> Order:
+    """`order`, its rows in these runs: the last two of each say where one begins and how long it is."""
+    begins, lengths = [run[2] for run in runs], [run[3] for run in runs]
+    if begins == sorted(begins):
+        return order
+    device, number = order.token_of.device, len(order.token_of)
+    begin, length = torch.tensor([begins, lengths], device=device)
+    shift = (begin - (length.cumsum(0) - length)).repeat_interleave(length, output_size=number)
+    rows = torch.arange(number, device=device) + shift
+    to = torch.empty_like(rows, dtype=torch.int32)
+    to[rows] = torch.arange(number, device=device, dtype=torch.int32)
+    return Order(to[order.row_of.long()], order.token_of[rows], order.cell_of[rows], order.counts)

@@ -1,0 +1,153 @@
+"""Copies of a layer's experts for one micro-batch: there while experts compute, and again while backward does.
+
+The schedule is Hecate's. Copies are brought while attention computes and dropped when the experts have computed; for
+backward they are brought again, while the backward pass of the layer above is in its attention; their gradients go back
+to the owners behind attention's own backward. Three functions of autograd, which change no value, see to it:
+
+    hidden = replicas.begin(hidden)     before attention: copies are sent for; backward: their gradients have come
+    rows   = replicas.enter(rows)       before the experts: copies are there; backward: their gradients are sent
+    out    = replicas.leave(out)        after them: copies are dropped; backward: they are there again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import Lane, Pending, Spread
+
+
+class Replicas:
+    """Of one layer and one micro-batch, on one rank; all ranks of the lane's group have one at a time."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        spread: Mapping[int, Spread],
+        owned: Mapping[int, Sequence[Tensor]],
+        shapes: Sequence[torch.Size],
+        like: Tensor,
+        before: Replicas | None,
+    ) -> None:
+        """owned: by expert of `spread` that this rank owns, its parameters, of these shapes and `like` one of them.
+
+        before: what the micro-batch's layer below has, whose copies backward wants next.
+        """
+        self.experts = tuple(expert for expert, (_, receivers) in sorted(spread.items()) if lane.rank in receivers)
+        """That this rank receives."""
+        self._lane, self._spread, self._owned, self._before = lane, spread, owned, before
+        number = len(self.experts)
+        self.stacks = [torch.empty(number, *shape, dtype=like.dtype, device=like.device) for shape in shapes]
+        """Of each of the experts' tensors, all copies [number of copies, ...]; empty while they are dropped."""
+        self._sizes = [stack.untyped_storage().nbytes() for stack in self.stacks]
+        self._token = like.new_zeros(0)
+        self._gathering: Pending | None = None
+        self._reducing: Pending | None = None
+        self._sums: dict[int, list[Tensor]] = {}
+        self._are_here = False
+        self._send_for()
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """Gives `hidden` itself."""
+        parameters = [tensor for _, tensors in sorted(self._owned.items()) for tensor in tensors]
+        hidden, self._token = _Begin.apply(hidden, self, *parameters)
+        return hidden
+
+    def enter(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Gives `rows`, and the stacks of copies as backward is to see them."""
+        found: tuple[Tensor, ...] = _Enter.apply(rows, self._token, self)
+        return found
+
+    def leave(self, out: Tensor) -> Tensor:
+        """Gives `out` itself."""
+        left: Tensor = _Leave.apply(out, self)
+        return left
+
+    def _bring(self) -> None:
+        """Copies are here, whether somebody sent for them or not."""
+        self._send_for()
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+
+    def _send_for(self) -> None:
+        if self._are_here:
+            return
+        for stack, size in zip(self.stacks, self._sizes, strict=True):
+            stack.untyped_storage().resize_(size)
+        self._gathering = self._lane.all_gather(self._spread, self._owned, self._by_expert(self.stacks))
+        self._are_here = True
+
+    def _drop(self) -> None:
+        for stack in self.stacks:
+            stack.untyped_storage().resize_(0)
+        self._are_here = False
+
+    def _give_back(self, gradients: Sequence[Tensor | None]) -> None:
+        """Send the copies' gradients to the owners, and for the copies of the layer below."""
+        known = [
+            torch.zeros_like(stack) if gradient is None else gradient.contiguous()
+            for gradient, stack in zip(gradients, self.stacks, strict=True)
+        ]
+        self._drop()
+        self._sums = {expert: [torch.empty_like(one) for one in tensors] for expert, tensors in self._owned.items()}
+        self._reducing = self._lane.reduce_scatter(self._spread, self._by_expert(known), self._sums)
+        if self._before is not None:
+            self._before._wanted_next()
+
+    def _wanted_next(self) -> None:
+        if self._reducing is None:
+            self._send_for()
+
+    def _returned(self) -> list[Tensor]:
+        """Of the parameters given to `begin`, what copies' gradients come to."""
+        assert self._reducing is not None, "copies that were entered in forward are entered in backward"
+        self._reducing.wait()
+        sums, self._sums, self._before = self._sums, {}, None
+        return [total for _, tensors in sorted(sums.items()) for total in tensors]
+
+    def _by_expert(self, stacks: Sequence[Tensor]) -> dict[int, list[Tensor]]:
+        """Not as tensors that autograd has saved: their contents change behind its back."""
+        return {expert: [stack.data[at] for stack in stacks] for at, expert in enumerate(self.experts)}
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, replicas: Replicas, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.replicas = replicas
+        return hidden.view_as(hidden), hidden.new_zeros(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None, *ctx.replicas._returned()
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token: Tensor, replicas: Replicas) -> tuple[Tensor, ...]:
+        ctx.replicas = replicas
+        ctx.set_materialize_grads(False)
+        replicas._bring()
+        return rows.view_as(rows), *(stack.data for stack in replicas.stacks)
+
+    @staticmethod
+    def backward(ctx: Any, of_rows: Tensor, *of_stacks: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.replicas._give_back(of_stacks)
+        return of_rows, of_rows.new_zeros(0), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, replicas: Replicas) -> Tensor:
+        ctx.replicas = replicas
+        if torch._C._current_graph_task_id() == -1:  # else backward, which computes forward again, wants them next
+            replicas._drop()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.replicas._bring()
+        return gradient, None
