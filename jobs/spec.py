@@ -124,6 +124,16 @@ class LayoutSpec(Spec):
         None, description="what cp exchanges: keys and values at once, or in turn, or heads; null: the engine's first"
     )
     dispatcher: Literal["alltoall", "allgather", "flex"] = Field("alltoall", description="how tokens reach experts")
+    expert_parallelism: Literal["ep", "fssdp"] = Field(
+        "ep",
+        description="over the ep ranks: each computes its experts, or fssdp: they share those that have most tokens",
+    )
+    expert_copies: int | None = Field(
+        None,
+        ge=0,
+        description="experts of a layer that a rank may compute beside its own with fssdp; null: as many as memory and "
+        "links allow",
+    )
 
     @property
     def degrees(self) -> dict[str, int]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from kernels.experts import expert_mlp
 from kernels.permute import Order, combine, order_by_expert, permute, permute_weights
 from models.reference import Context, Experts, Layer, MoE, Routing
-from models.sparse_experts import Means, Owned, SparseExperts
+from models.sparse_experts import Owned, SparseExperts
 from parallel.collectives import Lane, exchange_rows
+from parallel.fssdp import Means
 
 EXPERT_GROUP = "experts"
 """The name by which DeepSpeed knows the groups of expert parameters."""

@@ -213,21 +213,26 @@ class Provider(LocalSpecProvider):
         return GroupedExperts, MLPSubmodules()
 
 
-def layer_specs(job: JobSpec, config: TransformerConfig, virtual_stage: int | None) -> TransformerBlockSubmodules:
+def layer_specs(
+    model: ModelArchitecture, config: TransformerConfig, virtual_stage: int | None, experts: ModuleSpec | None
+) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage, or of one of its virtual stages, and the final norm."""
-    model, provider = job.model, Provider()
+    provider = Provider()
     start = get_transformer_layer_offset(config, virtual_stage)
     stage = range(start, start + get_num_layers_to_build(config, virtual_stage))
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, provider, is_moe=index >= model.dense_layers) for index in stage],
+        layer_specs=[_layer_spec(model, provider, experts, is_moe=index >= model.dense_layers) for index in stage],
         layer_norm=provider.layer_norm(),
     )
 
 
-def _layer_spec(model: ModelArchitecture, provider: Provider, *, is_moe: bool) -> ModuleSpec:
+def _layer_spec(
+    model: ModelArchitecture, provider: Provider, experts: ModuleSpec | None, *, is_moe: bool
+) -> ModuleSpec:
     mlp = get_mlp_module_spec_for_backend(provider, num_experts=model.experts if is_moe else None)
     if is_moe:
         mlp.submodules.router = partial(Router, model)
+        mlp.submodules.experts = experts or mlp.submodules.experts
     head_norm = provider.layer_norm(for_qk=True) if model.qk_norm else None
     attention = SelfAttentionSubmodules(
         linear_qkv=provider.column_parallel_linear(),
@@ -273,9 +278,15 @@ class Model(GPTModel):
 
 
 def build_model(
-    job: JobSpec, config: TransformerConfig, device: torch.device, virtual_stage: int | None = None
+    job: JobSpec,
+    config: TransformerConfig,
+    device: torch.device,
+    virtual_stage: int | None = None,
+    experts: ModuleSpec | None = None,
 ) -> Model:
     """This rank's part of the model, or one virtual stage of it, its weights yet to be set.
+
+    experts: those of a mixture, where they are not `models.megatron_experts`'.
 
     Wants megatron.core.parallel_state initialised. Called with tokens, positions, documents, labels and loss_mask, see
     `models.megatron_attention`; gives the sum [] of the labels' cross-entropies, each times its mask.
@@ -283,7 +294,7 @@ def build_model(
     at = {"ignore_virtual": False, "vp_stage": virtual_stage}
     model = Model(
         config=config,
-        transformer_layer_spec=layer_specs(job, config, virtual_stage),
+        transformer_layer_spec=layer_specs(job.model, config, virtual_stage, experts),
         vocab_size=job.model.vocab,
         max_sequence_length=job.train.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(**at),

@@ -7,6 +7,7 @@ decided is `parallel.fssdp`'s; how copies come and go, `parallel.replicas`'.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +20,11 @@ from jobs.architecture import ModelArchitecture
 from kernels.experts import expert_mlp
 from kernels.permute import Order, combine, order_by_expert, permute, permute_weights
 from parallel.collectives import Lane, Spread, exchange_rows, spreads
-from parallel.fssdp import WINDOW, Limits, LoadHistory, Wire, calibrate, materialise
+from parallel.fssdp import WINDOW, LoadHistory, Means, calibrate, materialise
 from parallel.fssdp_dispatch import Topology, destinations
+from parallel.fssdp_sharding import reshard
 from parallel.placement import Placement
 from parallel.replicas import Replicas
-
-
-@dataclass(frozen=True)
-class Means:
-    """What copies have at their disposal."""
-
-    topology: Topology
-    limits: Limits
-    token_seconds: float = 0.0
-    """Forward and backward of one token in one expert; with `wire`, for what is decided once the gate has spoken."""
-    wire: Wire | None = None
 
 
 class SparseExperts(nn.Module):
@@ -43,6 +34,7 @@ class SparseExperts(nn.Module):
     """
 
     owners: Tensor
+    chosen: Tensor
     history: Tensor
 
     def __init__(
@@ -56,42 +48,52 @@ class SparseExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_up, self.down = nn.ParameterList(gate_up), nn.ParameterList(down)
+        self.arrivals = nn.Identity()
+        """Sees the rows that this rank computes."""
         self.experts, self.top_k = model.experts, model.top_k
-        self._lane, self._group, self._means = lane, group, means
+        self._lane, self._group, self.means = lane, group, means
         self._ranks = dist.get_world_size(group)
         even = Placement.even(self.experts, self._ranks)
-        # State of a run, as weights are: what copies are made of depends on it, and so the last bit of a sum.
-        self.register_buffer("owners", torch.tensor([held[0] for held in even.holders]))
+        owners = torch.tensor([held[0] for held in even.holders])
+        self.register_buffer("owners", owners, persistent=False)
+        # State of a run, as weights are: what is copied depends on it, and so the last bit of a sum. For a checkpoint
+        # experts lie evenly; these are the owners that they go back to.
+        self.register_buffer("chosen", owners.clone())
         self.register_buffer("history", torch.full((WINDOW, self.experts), -1))
         self.held: dict[int, Sequence[Tensor]] = {}
         """By expert that this rank owns, its parameters, wherever they lie."""
-        self.sharded = self.placement = even
+        self.sharded = self.placement = self.even = even
         self._loads = torch.zeros(self.experts, dtype=torch.int64)
-        self._replicas: Replicas | None = None
+        self._copied: Replicas | None = None
+        self._is_sent_for = False
         self.below: SparseExperts | None = None
         """The layer that a micro-batch visits before this one on this rank."""
         self.last: Replicas | None = None
 
     def decide(self) -> None:
         """What is copied in the iteration that begins. Alike on all ranks."""
+        self.placement = materialise(self.sharded, self.remembered().forecasts(), self.means.limits)
+
+    def remembered(self) -> LoadHistory:
         loads = LoadHistory(self.experts)
         for iteration in self.history.tolist():
             if iteration[0] >= 0:
                 loads.add(iteration)
-        self.placement = materialise(self.sharded, loads.forecasts(), self._means.limits)
+        return loads
 
-    def remember(self) -> None:
-        """The loads of the iteration that ends."""
-        self.history.copy_(torch.cat((self.history[1:], self._loads[None].to(self.history.device))))
-        self._loads.zero_()
+    def taken_loads(self) -> Tensor:
+        """Tokens of each expert since this was last asked, int64 [experts]."""
+        loads, self._loads = self._loads, torch.zeros_like(self._loads)
+        return loads
 
     def send_for_copies(self, hidden: Tensor) -> Tensor:
-        """Before the layer's attention, or at any later time before `forward`. Gives `hidden` itself."""
+        """Before the layer's attention; `forward` does it otherwise. Gives `hidden` itself."""
         is_first_pass = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
         below = self.below.last if is_first_pass and self.below is not None else None
-        self._replicas = self._copies(spreads(self.sharded, self.placement), below)
-        self.last = self._replicas if is_first_pass else None
-        return hidden if self._replicas is None else self._replicas.begin(hidden)
+        self._copied = self._copies(spreads(self.sharded, self.placement), below)
+        self._is_sent_for = True
+        self.last = self._copied if is_first_pass else None
+        return hidden if self._copied is None else self._copied.begin(hidden)
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Hidden states [tokens, hidden], who is chosen (bool) and routers' weights, both [tokens, experts].
@@ -101,6 +103,9 @@ class SparseExperts(nn.Module):
         Forward and backward: each an all-to-all of the tokens' copies there and one back, but for those that stay; and,
         forward, an all-gather of as many counts as there are experts and an all-to-all of counts.
         """
+        if not self._is_sent_for:
+            hidden = self.send_for_copies(hidden)
+        self._is_sent_for = False
         order = order_by_expert(chosen, self.top_k)
         counts = order.counts.new_empty(self._ranks * self.experts)
         dist.all_gather_into_tensor(counts, order.counts, group=self._group)
@@ -108,7 +113,7 @@ class SparseExperts(nn.Module):
         loads = [sum(each) for each in zip(*tokens, strict=True)]
         if self.training and torch.is_grad_enabled():  # once, if forward is computed again in backward
             self._loads += torch.tensor(loads)
-        replicas, self._replicas = [self._replicas] if self._replicas is not None else [], None
+        replicas, self._copied = [] if self._copied is None else [self._copied], None
         placement = self.placement
         further = self._calibrated(loads)
         if further is not None:
@@ -117,8 +122,9 @@ class SparseExperts(nn.Module):
             hidden, placement = extra.begin(hidden), further
             replicas.append(extra)
 
-        trip = _Trip.of(placement, self._means.topology, tokens, order, self._lane.rank, self._group)
+        trip = _Trip.of(placement, self.means.topology, tokens, order, self._lane.rank, self._group)
         rows, of_rows = trip.there(hidden, weights)
+        rows = self.arrivals(rows)
         stacks = [self._own_stacks()]
         for each in replicas:
             rows, *copies = each.enter(rows)
@@ -136,7 +142,7 @@ class SparseExperts(nn.Module):
         return Replicas(self._lane, spread, owned, shapes, self.gate_up[0], below)
 
     def _calibrated(self, loads: Sequence[int]) -> Placement | None:
-        means = self._means
+        means = self.means
         if means.wire is None:
             return None
         slots = means.limits.slots
@@ -148,6 +154,10 @@ class SparseExperts(nn.Module):
         gate_up = _Stack.apply(*(self.held[expert][0] for expert in own)) if own else None
         down = _Stack.apply(*(self.held[expert][1] for expert in own)) if own else None
         return own, None if gate_up is None else gate_up.flatten(1, 2), down
+
+
+Owners = Mapping[int, Sequence[int]]
+"""By layer, the rank of the group that owns each expert."""
 
 
 class Owned:
@@ -164,10 +174,63 @@ class Owned:
         """Layer and expert that lie in each of `places`."""
         self.settle()
 
-    def settle(self) -> None:
-        """Owners are as the layers' `owners` say; each rank's experts lie by layer and number."""
+    def decide(self) -> None:
+        """What is copied in the iteration that begins."""
         for layer in self.layers.values():
-            layer.sharded = Placement.sharded(layer.owners.tolist(), layer._ranks)
+            layer.decide()
+
+    def remember(self, replicas: dist.ProcessGroup) -> None:
+        """The loads of the iteration that ends. Collective over `replicas`, who own the same, and decide alike."""
+        device = next(iter(self.layers.values())).history.device
+        loads = torch.stack([layer.taken_loads() for layer in self.layers.values()]).to(device)
+        dist.all_reduce(loads, group=replicas)
+        for layer, mine in zip(self.layers.values(), loads, strict=True):
+            layer.history.copy_(torch.cat((layer.history[1:], mine[None])))
+
+    def own(self, owners: Owners) -> None:
+        """These are the owners, and have what they own. Experts of a rank lie by layer and number."""
+        for number, layer in self.layers.items():
+            layer.owners.copy_(torch.tensor(owners[number]))
+        self.settle()
+
+    def owners(self) -> Owners:
+        return {number: layer.owners.tolist() for number, layer in self.layers.items()}
+
+    def even_owners(self) -> Owners:
+        """As expert parallelism has them."""
+        return {number: [held[0] for held in layer.even.holders] for number, layer in self.layers.items()}
+
+    def chosen_owners(self) -> Owners:
+        """Even ones where the chosen were of another layout, which had other ranks or other layers in a stage."""
+        chosen = {number: layer.chosen.tolist() for number, layer in self.layers.items()}
+        places = Counter(owner for owners in chosen.values() for owner in owners)
+        ranks = next(iter(self.layers.values())).even.ranks
+        fits = all(places[rank] == len(self.places) for rank in range(ranks))
+        return chosen if fits else self.even_owners()
+
+    def choose(self) -> None:
+        """Owners for what is remembered. Alike on all ranks; nothing moves yet."""
+        for number, owners in self._better_owners().items():
+            self.layers[number].chosen.copy_(torch.tensor(owners))
+
+    def _better_owners(self) -> Owners:
+        layers = list(self.layers.values())
+        means = layers[0].means
+        shardings = reshard(
+            [layer.sharded for layer in layers],
+            [layer.remembered().predicted() for layer in layers],
+            means.topology,
+            means.limits,
+        )
+        return {
+            number: [owner for (owner,) in sharded.holders]
+            for number, sharded in zip(self.layers, shardings, strict=True)
+        }
+
+    def settle(self) -> None:
+        """Owners are as the layers' buffers say, which were overwritten."""
+        for layer in self.layers.values():
+            layer.sharded = Placement.sharded(layer.owners.tolist(), layer.even.ranks)
         rank = next(iter(self.layers.values()))._lane.rank
         self.experts = [
             (number, expert) for number, layer in self.layers.items() for expert in layer.sharded.held_by(rank)

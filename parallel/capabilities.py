@@ -73,6 +73,10 @@ def _flex(job: JobSpec) -> bool:
     return _moe(job) and job.layout.dispatcher == "flex"
 
 
+def _shared(job: JobSpec) -> bool:
+    return _moe(job) and job.layout.expert_parallelism == "fssdp"
+
+
 def _nothing_to_recompute(job: JobSpec) -> str | None:
     model, layout = job.model, job.layout
     layers = {
@@ -144,6 +148,24 @@ JOB_RULES = (
         ),
         nearest="alltoall",
     ),
+    JobRule(
+        "layout.expert_parallelism",
+        MEGATRON,
+        when(
+            lambda job: _shared(job) and job.layout.dispatcher != "alltoall",
+            "fssdp sends tokens to all who hold their experts, which no dispatcher but alltoall does",
+        ),
+        nearest="ep",
+    ),
+    JobRule(
+        "layout.expert_parallelism",
+        MEGATRON,
+        when(
+            lambda job: _shared(job) and job.model.capacity_factor,
+            "fssdp spreads tokens where an expert has too many, and model.capacity_factor drops them",
+        ),
+        nearest="ep",
+    ),
     JobRule("layout.recompute_modules", MEGATRON, _nothing_to_recompute, nearest=("core_attn",)),
     JobRule(
         "layout.zero_stage",
@@ -198,6 +220,12 @@ def _optimizer_replicas(name: str, ranks: Callable[[Layout], int]) -> Reason:
 def _nobody_to_dispatch_to(layout: Layout, job: JobSpec) -> str | None:
     if _flex(job) and layout.etp * layout.ep == 1:
         return "dispatcher=flex moves tokens between ranks, and etp*ep=1 leaves none to move"
+    return None
+
+
+def _cut_experts(layout: Layout, job: JobSpec) -> str | None:
+    if _shared(job) and layout.etp > 1:
+        return f"expert_parallelism=fssdp copies whole experts, and etp={layout.etp} cuts them"
     return None
 
 
@@ -259,6 +287,7 @@ EXPERT_RULES = (
     Rule("expert_ffn", "etp", BOTH, _divides("etp", "expert_ffn", lambda job: job.model.expert_ffn)),
     Rule("optimizer_replicas", "ep", MEGATRON, _optimizer_replicas("edp", lambda layout: layout.edp)),
     Rule("dispatcher", "ep", MEGATRON, _nobody_to_dispatch_to),
+    Rule("expert_parallelism", "etp", MEGATRON, _cut_experts),
     *deepspeed_rules.EXPERT_RULES,
 )
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from parallel.estimates.hardware import Link
-from parallel.fssdp_dispatch import Division, divide, peak
+from parallel.fssdp_dispatch import Division, Topology, divide, peak
 from parallel.placement import Placement
 
 WINDOW = 5
@@ -95,6 +95,18 @@ class Wire:
     def seconds(self, experts: int) -> float:
         """That a gather takes whose busiest rank moves so many."""
         return self.link.latency_seconds + experts * self.expert_bytes / self.link.bytes_per_second
+
+
+@dataclass(frozen=True)
+class Means:
+    """What copies of a layer's experts have at their disposal."""
+
+    topology: Topology
+    limits: Limits
+    token_seconds: float = 0.0
+    """Forward and backward of one token in one expert."""
+    wire: Wire | None = None
+    """None: nothing is copied once the gate has spoken."""
 
 
 def busiest(before: Placement, after: Placement) -> int:

@@ -58,7 +58,7 @@ def start_node(fivefold: Fivefold, nodes: ExitStack, name: str, *options: str) -
             stderr=output,
             start_new_session=True,
         )
-    nodes.callback(node.wait, 20)
+    nodes.callback(node.wait, 60)
     nodes.callback(node.terminate)
 
 

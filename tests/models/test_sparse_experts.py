@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from jobs.architecture import ModelArchitecture
 from models.deepspeed_experts import shard_experts
 from models.reference import Decoder
-from models.sparse_experts import Means, Owned
+from models.sparse_experts import Owned
 from models.weights import draw
 from orchestrator.worker.ranks import Ranks
 from parallel.collectives import Lane
 from parallel.estimates.hardware import Link
-from parallel.fssdp import Limits, Wire
+from parallel.fssdp import Limits, Means, Wire
 from parallel.fssdp_dispatch import Topology
 from parallel.placement import Placement
 

@@ -90,3 +90,8 @@ def read_files(state: ShardedStateDict, folder: Path, *, whole: bool = True) -> 
     in it. Whatever its files hold, none of it is executed.
     """
     return dist_checkpointing.load(state, str(folder), _ReadSafely(), _ReadCommon(), whole)
+
+
+def stored_names(folder: Path) -> set[str]:
+    """Of the tensors that `write_files` wrote."""
+    return set(Reader(folder).read_metadata().state_dict_metadata)

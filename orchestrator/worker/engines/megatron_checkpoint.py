@@ -11,11 +11,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from orchestrator.files import FileEntry, Hook
-from orchestrator.worker.engines.checkpoint_files import read_files, write_files
+from orchestrator.worker.engines.checkpoint_files import read_files, stored_names, write_files
 
 # Of Megatron's formats for the distributed optimizer, the one that is laid out like the model and so can be read at
 # other degrees of every axis: fp32 weights and Adam's moments are gathered over DP and written as whole shards.
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+SHARING = (".experts.chosen", ".experts.history")
+"""Ends of names of what `models.sparse_experts` keeps beside weights."""
 
 
 def count_padding(chunk: DistributedDataParallel) -> None:
@@ -38,10 +41,17 @@ def save_sharded(
 
 
 def load_sharded(models: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path) -> None:
-    """Collective. Restore what `save_sharded` wrote."""
-    state = read_files(_state(models, optimizer, is_loading=True), folder)
+    """Collective. Restore what `save_sharded` wrote. What only a run with shared experts keeps may not be there."""
+    wanted = _state(models, optimizer, is_loading=True)
+    known = stored_names(folder)
+    own = {}
+    for name, _ in _named(models):
+        weights = wanted["model"][name]
+        absent = [key for key, entry in weights.items() if key.endswith(SHARING) and entry.key not in known]
+        own[name] = {key: weights.pop(key).data for key in absent}
+    state = read_files(wanted, folder)
     for name, model in _named(models):
-        model.load_state_dict(state["model"][name])
+        model.load_state_dict(state["model"][name] | own[name])
     optimizer.load_state_dict(state["optimizer"])
 
 

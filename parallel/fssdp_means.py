@@ -1,0 +1,56 @@
+"""What copies of experts have at their disposal at a layout: memory, and the link while attention computes."""
+
+from __future__ import annotations
+
+from jobs.spec import JobSpec
+from parallel.estimates.hardware import Hardware, hardware
+from parallel.estimates.layers import attention_parts
+from parallel.estimates.network import Network
+from parallel.estimates.operators import linear
+from parallel.estimates.software import software
+from parallel.estimates.workload import Workload
+from parallel.fssdp import Limits, Means, Wire
+from parallel.fssdp_dispatch import Topology
+from parallel.layout import Layout
+
+MEMORY_SHARE = 0.04
+"""Of a device's memory: what copies of two layers may take together, one that computes and one that is on its way."""
+
+
+def means_of(job: JobSpec) -> Means:
+    """Of a job whose degrees and micro-batch are given, on the devices that its cluster names.
+
+    `layout.expert_copies` stands for both limits where it is given; then nothing is copied once the gate has spoken.
+    """
+    layout, copies = Layout.of(job.layout), job.layout.expert_copies
+    topology = Topology(layout.ep, min(layout.ep, max(1, job.cluster.devices_per_node // layout.etp)))
+    if copies is not None:
+        return Means(topology, Limits(copies, 2 * copies))
+    device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
+    workload = Workload.of(job, layout, job.layout.micro_batch or 1)
+    wire = wire_of(workload, device)
+    slots = min(job.model.experts, int(MEMORY_SHARE * device.memory_bytes / (2 * wire.expert_bytes)))
+    movable = wire.movable(window_seconds(workload, device), job.model.experts)
+    return Means(topology, Limits(slots, movable), token_seconds(workload, device), wire)
+
+
+def wire_of(workload: Workload, device: Hardware) -> Wire:
+    """What an expert crosses from its owner to a copy's holder."""
+    network, layout, model = Network(device, workload.devices_per_node), workload.layout, workload.model
+    link = device.fast_link if layout.ep * layout.etp <= network.domain else device.network_link
+    return Wire(link, workload.element * 3 * model.hidden * model.expert_ffn / layout.etp)
+
+
+def window_seconds(workload: Workload, device: Hardware) -> float:
+    """Forward of a layer's attention on one rank, behind which its experts' copies come."""
+    network, ours = Network(device, workload.devices_per_node), software(workload.software)
+    return sum(part.forward for part in attention_parts(workload, device, network, ours).values())
+
+
+def token_seconds(workload: Workload, device: Hardware) -> float:
+    """Forward and backward of one token in one expert, of many."""
+    model, width = workload.model, workload.model.expert_ffn // workload.layout.etp
+    rows = 4096
+    both = linear(device, workload.precision, rows, 2 * width, model.hidden)
+    both += linear(device, workload.precision, rows, model.hidden, width)
+    return (both.forward + both.backward) / rows
