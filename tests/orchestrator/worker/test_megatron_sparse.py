@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from small_jobs import small_job, small_model
 
 from jobs.spec import JobSpec
+from orchestrator.worker.engines import megatron
+from orchestrator.worker.exactness.batches import global_batch, micro_batches
 from orchestrator.worker.exactness.oracle import settled
-from orchestrator.worker.exactness.trial import Trial, train
+from orchestrator.worker.exactness.trial import Block, Trained, Trial, train
 from orchestrator.worker.exactness.verdict import compare
 from orchestrator.worker.ranks import Ranks
+from orchestrator.worker.schedule import learning_rate
+from parallel import fssdp_sharding
+from parallel.layout import Layout
 
 STEPS = 4
 
@@ -42,3 +51,107 @@ LAYOUTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_training_is_that_of_the_reference(ranks: Ranks, layout: dict[str, Any]) -> None:
     assert_exact(ranks, job({"experts": 8, "layers": 4, "aux_loss": 0.0}, layout))
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Some steps of one run, from a checkpoint or to one."""
+
+    spec: JobSpec
+    steps: range
+    load: Path | None = None
+    save: Path | None = None
+    resharding: int = 2
+
+
+@dataclass(frozen=True)
+class Walked:
+    trained: Trained
+    owners: list[dict[int, list[int]]]
+    """Of each virtual stage, at the end."""
+    copies: int
+    """Of the last step."""
+
+
+def _walk(rank: int, leg: Leg) -> Walked:
+    megatron.RESHARDING_STEPS, fssdp_sharding.SAVING = leg.resharding, -1.0  # soon, and whether it pays or not
+    layout, micro_batch = Layout.of(leg.spec.layout), leg.spec.layout.micro_batch
+    assert micro_batch is not None
+    engine = megatron.build(leg.spec, layout, torch.device("cpu"))
+    if leg.load:
+        engine.load(leg.load)
+    at, losses, grad_norms = layout.coordinates(rank)["dp"], [], []
+    for step in leg.steps:
+        batches = micro_batches(global_batch(leg.spec, step), at, layout.dp, micro_batch)
+        result = engine.train_step(step, learning_rate(leg.spec.train, step), batches)
+        losses.append(result.loss)
+        grad_norms.append(result.grad_norm)
+    if leg.save:
+        engine.save(leg.save)
+    owners = [owned.owners() for owned in engine._owned]
+    copies = sum(layer.placement.copies for owned in engine._owned for layer in owned.layers.values())
+    blocks = [Block(shard.name, shard.offset, shard.read().numpy()) for shard in engine.weights()]
+    assert [owned.owners() for owned in engine._owned] == owners
+    return Walked(Trained(losses, grad_norms, blocks), owners, copies)
+
+
+def walk(ranks: Ranks, leg: Leg) -> list[Walked]:
+    return ranks.run(Layout.of(leg.spec.layout).world, _walk, leg)
+
+
+UNEVEN: dict[str, Any] = {"experts": 8, "layers": 4, "aux_loss": 0.0}
+
+
+def test_experts_move_with_their_state_and_the_run_stays_that_of_the_reference(ranks: Ranks) -> None:
+    spec, account = ranks.run(1, settled, job(UNEVEN, {"dp": 4, "ep": 2, "pp": 2}))[0]
+    walked = walk(ranks, Leg(spec, range(1, STEPS + 1)))
+    assert any(owners != sorted(owners) for each in walked[0].owners for owners in each.values())
+    assert walked[0].copies > 0
+    first = walked[0].trained
+    whole = Trained(first.losses, first.grad_norms, [block for each in walked for block in each.trained.blocks])
+    verdict = compare(whole, account, spec.model)
+    assert verdict.exact, str(verdict)
+
+
+@pytest.mark.parametrize("layout", [{"dp": 4, "ep": 4}, {"tp": 2, "dp": 2, "ep": 2}], ids=str)
+def test_a_run_resumes_bit_equal_with_its_owners_and_its_copies(
+    ranks: Ranks, tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    spec = job(UNEVEN, layout)
+    undisturbed = walk(ranks, Leg(spec, range(1, STEPS + 1)))
+    (tmp_path / "half").mkdir()
+    early = walk(ranks, Leg(spec, range(1, 3), save=tmp_path / "half"))
+    late = walk(ranks, Leg(spec, range(3, STEPS + 1), load=tmp_path / "half"))
+    assert late[0].owners == undisturbed[0].owners
+    assert late[0].copies == undisturbed[0].copies > 0
+    assert early[0].trained.losses + late[0].trained.losses == undisturbed[0].trained.losses
+    for one, other in zip(late, undisturbed, strict=True):
+        for block, same in zip(one.trained.blocks, other.trained.blocks, strict=True):
+            assert block.name == same.name
+            assert np.array_equal(block.values, same.values), block.name
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"dp": 4, "ep": 4}, {"dp": 2, "ep": 2, "expert_parallelism": "ep"}),
+        ({"dp": 4, "ep": 2, "expert_parallelism": "ep"}, {"tp": 2, "dp": 2, "ep": 4}),
+        ({"dp": 4, "ep": 4, "pp": 2}, {"dp": 2, "ep": 2}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_goes_on_at_another_layout(
+    ranks: Ranks, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    spec, account = ranks.run(1, settled, job(UNEVEN, first))[0]
+    other = spec.model_copy(update={"layout": job(UNEVEN, second).layout})
+    (tmp_path / "half").mkdir()
+    early = walk(ranks, Leg(spec, range(1, 3), save=tmp_path / "half"))
+    late = walk(ranks, Leg(other, range(3, STEPS + 1), load=tmp_path / "half"))
+    whole = Trained(
+        early[0].trained.losses + late[0].trained.losses,
+        early[0].trained.grad_norms + late[0].trained.grad_norms,
+        [block for each in late for block in each.trained.blocks],
+    )
+    verdict = compare(whole, account, spec.model)
+    assert verdict.exact, str(verdict)
