@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kernels.experts import expert_mlp
 from kernels.permute import Order, combine, order_by_expert, permute, permute_weights
 from models.reference import Context, Experts, Layer, MoE, Routing
-from models.sparse_experts import Owned, SparseExperts
+from models.sparse_experts import SparseExperts
 from parallel.collectives import Lane, exchange_rows
 from parallel.fssdp import Means
 
@@ -79,11 +79,6 @@ class ParallelExperts(DeepSpeedMoE):
         held = self.num_experts // dist.get_world_size(group)
         self.mlp = ExpertMLP(experts, held * dist.get_rank(group), held)
 
-    def mark(self) -> None:
-        """Tell DeepSpeed that these parameters differ between ranks; once they are in memory, since a move forgets."""
-        for parameter in self.parameters():
-            parameter.allreduce, parameter.group_name = False, EXPERT_GROUP
-
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """DeepSpeed would make its groups here; they are those of the layout, and made already."""
 
@@ -114,21 +109,26 @@ class ParallelExperts(DeepSpeedMoE):
         return combine(self.mlp(permute(rows, order), permute_weights(weights[:, None], order), order.counts), order)
 
 
-class FullyShardedExperts(nn.Module):
-    """`models.reference.Experts` under FSSDP, see `models.sparse_experts`."""
+class FullyShardedExperts(DeepSpeedMoE):
+    """`models.reference.Experts` under FSSDP, see `models.sparse_experts`; to DeepSpeed as `ParallelExperts`."""
 
     def __init__(self, sparse: SparseExperts) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.num_experts = sparse.experts
         self.sparse = sparse
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Nothing to make."""
 
     def forward(self, hidden: Tensor, routing: Routing) -> Tensor:
         """As `ParallelExperts`."""
-        chosen, weights = _spread(routing, self.sparse.experts)
-        return self.sparse(hidden.flatten(0, 1), chosen, weights).view_as(hidden)
+        chosen, weights = _spread(routing, self.num_experts)
+        out: Tensor = self.sparse(hidden.flatten(0, 1), chosen, weights)
+        return out.view_as(hidden)
 
 
-def shard_experts(decoder: nn.Module, lane: Lane, group: dist.ProcessGroup, means: Means) -> Owned:
-    """Have a decoder's mixtures computed so, over `group`. It may be without memory yet."""
+def shard_experts(decoder: nn.Module, group: dist.ProcessGroup, lane: Lane, means: Means) -> dict[int, SparseExperts]:
+    """Have a decoder's mixtures computed so, over `group`. By layer; once they have memory, make them an `Owned`."""
     layers = {}
     for name, layer in decoder.named_modules():
         if not isinstance(layer, Layer) or not hasattr(layer, "moe"):
@@ -144,14 +144,23 @@ def shard_experts(decoder: nn.Module, lane: Lane, group: dist.ProcessGroup, mean
             *(lane, group, means),
         )
         layer.moe.experts = FullyShardedExperts(sparse)
-        layer.register_forward_pre_hook(partial(_send_first, sparse))
+        layer.forward = partial(_send_first, sparse, layer.forward)
         layers[int(name.rpartition(".")[2])] = sparse
-    return Owned(layers)
+    return layers
 
 
-def _send_first(sparse: SparseExperts, _: nn.Module, given: tuple[Tensor, Context]) -> tuple[Tensor, Context]:
-    hidden, context = given
-    return sparse.send_for_copies(hidden), context
+def _send_first(
+    sparse: SparseExperts, forward: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, context: Context
+) -> tuple[Tensor, Tensor]:
+    return forward(sparse.send_for_copies(hidden), context)
+
+
+def mark_experts(decoder: nn.Module) -> None:
+    """Tell DeepSpeed that these parameters differ between ranks; once they are in memory, since a move forgets."""
+    for module in decoder.modules():
+        if isinstance(module, DeepSpeedMoE):
+            for parameter in module.parameters():
+                parameter.allreduce, parameter.group_name = False, EXPERT_GROUP
 
 
 def group_experts(decoder: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -169,8 +178,21 @@ def parts_of(decoder: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[Inde
         module = decoder.get_submodule(owner)
         if isinstance(module, ExpertMLP):
             yield parameter, [(index, owner.removesuffix("mlp") + tensor) for index, tensor in module.parts(own)]
+        elif isinstance(module, nn.ParameterList):
+            experts, _, kind = owner.partition(".sparse.")
+            yield parameter, list(_parts_of_place(decoder.get_submodule(f"{experts}.sparse"), experts, kind, int(own)))
         else:
             yield parameter, [((), name)]
+
+
+def _parts_of_place(sparse: SparseExperts, experts: str, kind: str, place: int) -> Iterator[tuple[Index, str]]:
+    """Of experts that lie as expert parallelism has them."""
+    number = sparse.even.held_by(sparse.rank)[place]
+    if kind == "down":
+        yield (), f"{experts}.{number}.down.weight"
+    else:
+        yield (0,), f"{experts}.{number}.gate.weight"
+        yield (1,), f"{experts}.{number}.up.weight"
 
 
 def _ordered(routing: Routing, experts: int) -> tuple[Order, Tensor]:

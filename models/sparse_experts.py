@@ -24,7 +24,7 @@ from parallel.collectives import Lane, Spread, spreads
 from parallel.fssdp import WINDOW, LoadHistory, Means, calibrate, materialise
 from parallel.fssdp_sharding import reshard
 from parallel.placement import Placement
-from parallel.replicas import Replicas
+from parallel.replicas import Replicas, is_backward
 
 
 class SparseExperts(nn.Module):
@@ -53,13 +53,13 @@ class SparseExperts(nn.Module):
         self.experts, self.top_k = model.experts, model.top_k
         self._lane, self._group, self.means = lane, group, means
         self._ranks = dist.get_world_size(group)
+        self.rank = lane.rank
         even = Placement.even(self.experts, self._ranks)
-        owners = torch.tensor([held[0] for held in even.holders])
-        self.register_buffer("owners", owners, persistent=False)
+        self.register_buffer("owners", torch.empty(self.experts, dtype=torch.int64), persistent=False)
         # State of a run, as weights are: what is copied depends on it, and so the last bit of a sum. For a checkpoint
         # experts lie evenly; these are the owners that they go back to.
-        self.register_buffer("chosen", owners.clone())
-        self.register_buffer("history", torch.full((WINDOW, self.experts), -1))
+        self.register_buffer("chosen", torch.empty(self.experts, dtype=torch.int64))
+        self.register_buffer("history", torch.empty(WINDOW, self.experts, dtype=torch.int64))
         self.held: dict[int, Sequence[Tensor]] = {}
         """By expert that this rank owns, its parameters, wherever they lie."""
         self.sharded = self.placement = self.even = even
@@ -69,6 +69,13 @@ class SparseExperts(nn.Module):
         self.last: Replicas | None = None
         self.last_below: Callable[[], Replicas | None] = _none
         """`last` of the layer that a micro-batch visits before this one on this rank."""
+
+    def reset(self) -> None:
+        """As expert parallelism has owners, and nothing remembered."""
+        even = torch.tensor([held[0] for held in self.even.holders])
+        self.owners.copy_(even)
+        self.chosen.copy_(even)
+        self.history.fill_(-1)
 
     def decide(self) -> None:
         """What is copied in the iteration that begins. Alike on all ranks."""
@@ -88,7 +95,7 @@ class SparseExperts(nn.Module):
 
     def send_for_copies(self, hidden: Tensor) -> Tensor:
         """Before the layer's attention; `forward` does it otherwise. Gives `hidden` itself."""
-        is_first_pass = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        is_first_pass = torch.is_grad_enabled() and not is_backward()
         below = self.last_below() if is_first_pass else None
         self._copied = self._copies(spreads(self.sharded, self.placement), below)
         self._is_sent_for = True
@@ -111,7 +118,7 @@ class SparseExperts(nn.Module):
         dist.all_gather_into_tensor(counts, order.counts, group=self._group)
         tokens = counts.view(self._ranks, self.experts).tolist()
         loads = [sum(each) for each in zip(*tokens, strict=True)]
-        if self.training and torch.is_grad_enabled():  # once, if forward is computed again in backward
+        if self.training and not is_backward():  # once, if forward is computed again in it
             self._loads += torch.tensor(loads)
         replicas, self._copied = [] if self._copied is None else [self._copied], None
         placement = self.placement
@@ -122,7 +129,7 @@ class SparseExperts(nn.Module):
             hidden, placement = extra.begin(hidden), further
             replicas.append(extra)
 
-        trip = Trip.of(placement, self.means.topology, tokens, order, self._lane.rank, self._group)
+        trip = Trip.of(placement, self.means.topology, tokens, order, self.rank, self._group)
         rows, of_rows = trip.there(hidden, weights)
         rows = self.arrivals(rows)
         stacks = [self._own_stacks()]
@@ -172,6 +179,8 @@ class Owned:
         self.layers = dict(sorted(layers.items()))
         for below, layer in itertools.pairwise(self.layers.values()):
             layer.last_below = partial(getattr, below, "last")
+        for layer in self.layers.values():
+            layer.reset()
         self.places = [(layer, at) for layer in self.layers.values() for at in range(len(layer.gate_up))]
         self.experts: list[tuple[int, int]] = []
         """Layer and expert that lie in each of `places`."""
@@ -234,7 +243,7 @@ class Owned:
         """Owners are as the layers' buffers say, which were overwritten."""
         for layer in self.layers.values():
             layer.sharded = Placement.sharded(layer.owners.tolist(), layer.even.ranks)
-        rank = next(iter(self.layers.values()))._lane.rank
+        rank = next(iter(self.layers.values())).rank
         self.experts = [
             (number, expert) for number, layer in self.layers.items() for expert in layer.sharded.held_by(rank)
         ]

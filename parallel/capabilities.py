@@ -287,7 +287,7 @@ EXPERT_RULES = (
     Rule("expert_ffn", "etp", BOTH, _divides("etp", "expert_ffn", lambda job: job.model.expert_ffn)),
     Rule("optimizer_replicas", "ep", MEGATRON, _optimizer_replicas("edp", lambda layout: layout.edp)),
     Rule("dispatcher", "ep", MEGATRON, _nobody_to_dispatch_to),
-    Rule("expert_parallelism", "etp", MEGATRON, _cut_experts),
+    Rule("expert_parallelism", "etp", BOTH, _cut_experts),
     *deepspeed_rules.EXPERT_RULES,
 )
 

@@ -143,7 +143,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, replicas: Replicas) -> Tensor:
         ctx.replicas = replicas
-        if torch._C._current_graph_task_id() == -1:  # else backward, which computes forward again, wants them next
+        if not is_backward():  # which, where it computes forward again, wants them next
             replicas._drop()
         return out.view_as(out)
 
@@ -151,3 +151,8 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.replicas._bring()
         return gradient, None
+
+
+def is_backward() -> bool:
+    """Whether this thread is in a backward pass, which may compute forward again."""
+    return bool(torch._C._current_graph_task_id() != -1)

@@ -82,7 +82,7 @@ def _trained(rank: int, world: int, seed: int, again: bool, means: Means) -> tup
     """Gradients of this rank's loss: of what all have, to be added up; of experts, of those that it owns."""
     decoder = Decoder(MODEL).double()
     lane = Lane(dist.group.WORLD, dist.new_group(list(range(world))), torch.device("cpu"))
-    owned = shard_experts(decoder, lane, dist.group.WORLD, means)
+    owned = Owned(shard_experts(decoder, dist.group.WORLD, lane, means))
     if seed:
         anyhow(owned, world, seed)
     named: dict[str, tuple[nn.Parameter, Any]] = {}

@@ -23,12 +23,15 @@ from torch.utils.checkpoint import checkpoint
 
 from jobs.spec import JobSpec
 from models.reference import MoE, Router
+from models.sparse_experts import Owned, SparseExperts
 from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
 from orchestrator.files import FileEntry, Hook, unhindered
 from orchestrator.offload import check_nvme
+from orchestrator.worker.engines.checkpoint_files import stored_names
 from orchestrator.worker.engines.protocol import KEPT, Batch, StateSource, StepResult
 from orchestrator.worker.engines.routed_rows import RoutedRows
+from orchestrator.worker.engines.shared_experts import SharedExperts, sharing
 from orchestrator.worker.engines.state_tensors import each_once, nothing, tensors_of
 from parallel.layout import Layout
 
@@ -41,7 +44,15 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # or initialize does, and wit
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger, set_z3_leaf_modules
 
-from models.deepspeed_experts import EXPERT_GROUP, ExpertMLP, Index, ParallelExperts, group_experts, parts_of
+from models.deepspeed_experts import (
+    EXPERT_GROUP,
+    ExpertMLP,
+    Index,
+    group_experts,
+    mark_experts,
+    parts_of,
+    shard_experts,
+)
 from models.deepspeed_fusions import install
 from models.tensor_parallel import block, split_dim, split_tensors
 from models.ulysses import split_sequence
@@ -86,10 +97,13 @@ class DeepSpeedEngine:
         self.before_update: Callable[[], None] = nothing
         self._reseed(0)
         self._mesh = Mesh(layout)
+        self._experts, replicas = self._expert_groups() if layout.ep > 1 else (None, None)
         self._decoder = self._build_decoder()
         self._pipeline = Pipeline(self._decoder, self._mesh, tied=job.model.tied_embeddings) if layout.pp > 1 else None
         self._mark()
-        self._rows = RoutedRows(module for module in self._decoder.modules() if isinstance(module, ExpertMLP))
+        modules = list(self._decoder.modules())
+        shared = [module.arrivals for module in modules if isinstance(module, SparseExperts)]
+        self._rows = RoutedRows(shared or [module for module in modules if isinstance(module, ExpertMLP)])
         self.parameters = job.model.parameters
         optimizer = torch.optim.AdamW(
             self._parameter_groups(),
@@ -107,6 +121,7 @@ class DeepSpeedEngine:
                 dist_init_required=False,
             )
         self._adam, self._state = optimizer, State(self._engine, optimizer)
+        self._shared = SharedExperts([self._owned], self._experts, replicas, self._state)
         self.set_weights(drawn(job.model, self._train.seed))
 
     def train_step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
@@ -116,10 +131,12 @@ class DeepSpeedEngine:
         # DeepSpeed averages gradients over DP: a sum of losses times this becomes the mean over the global batch.
         scale = (dist.get_world_size(self._mesh.data) / counted).float()
         self._rows.take()
+        self._shared.begin_step()
         total = self._forward_backward(parts, scale)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         grad_norm = self._step()
+        self._shared.end_step(step)
         self._update_router_biases()
         dist.all_reduce(total, group=self._mesh.losses)
         return StepResult((total / counted).item(), grad_norm, self._rows.take())
@@ -133,17 +150,19 @@ class DeepSpeedEngine:
         return (total / counted).item()
 
     def set_weights(self, source: Source) -> None:
-        for held in self._held():
-            # In the precision that is trained in: the optimizer's copy begins from what the model sees.
-            self._state.write(held.parameter, "weight", held.joined(source).to(held.parameter.dtype))
+        with self._shared.as_expert_parallel():
+            for held in self._held():
+                # In the precision that is trained in: the optimizer's copy begins from what the model sees.
+                self._state.write(held.parameter, "weight", held.joined(source).to(held.parameter.dtype))
         fill(self._biases(), source)
         self._state.renew()
 
     def weights(self) -> Iterator[Shard]:
-        for held in self._held():
-            value = self._state.read(held.parameter, "weight")
-            for index, shard in held.blocks:
-                yield replace(shard, part=value[index])
+        with self._shared.as_expert_parallel():
+            for held in self._held():
+                value = self._state.read(held.parameter, "weight")
+                for index, shard in held.blocks:
+                    yield replace(shard, part=value[index])
         for bias in self._biases():
             yield replace(bias, part=bias.read())
 
@@ -163,13 +182,25 @@ class DeepSpeedEngine:
         return each_once([*held, *tensors_of(self._adam)])
 
     def restored(self, step: int) -> None:
-        """Adam's count of steps is among its tensors."""
+        self._shared.restored()  # Adam's count of steps is among its tensors
 
     def save(self, folder: Path, before: Hook = unhindered) -> list[FileEntry]:
-        return save(self._state, self._held(), self._biases(), folder, before)
+        with self._shared.as_expert_parallel():
+            return save(self._state, self._held(), [*self._biases(), *self._sharing()], folder, before)
 
     def load(self, folder: Path) -> None:
-        load(self._state, self._held(), self._biases(), folder)
+        self._shared.forget_owners()
+        known = stored_names(folder)
+        sharing = [shard for shard in self._sharing() if f"weight.{shard.name}" in known]
+        load(self._state, self._held(), [*self._biases(), *sharing], folder)
+        self._shared.go_to_owners()
+
+    def _sharing(self) -> Iterator[Shard]:
+        """What shared experts keep beside weights; not of every run."""
+        for owned in self._shared.owned:
+            for number, layer in owned.layers.items():
+                for name in ("chosen", "history"):
+                    yield whole(f"layers.{number}.moe.experts.{name}", getattr(layer, name))
 
     def _held(self) -> list[Held]:
         return [self._of(parameter, parts) for parameter, parts in parts_of(self._decoder)]
@@ -202,7 +233,10 @@ class DeepSpeedEngine:
             layers = layout.layers_of(mesh.at["pp"], job.model.layers)
             decoder = WholeModel(job.model, mesh) if layout.pp == 1 else Stage(job.model, layers)
         install(decoder)
-        group_experts(decoder, self._expert_group() if layout.ep > 1 else None)
+        shared = sharing(job, layout, self._experts, self._device)
+        layers = shard_experts(decoder, self._experts, *shared) if shared else {}
+        if not shared:
+            group_experts(decoder, self._experts)
         if layout.tp > 1:
             split_tensors(decoder, mesh.tensor)
         if layout.cp > 1:
@@ -213,6 +247,7 @@ class DeepSpeedEngine:
         decoder.to_empty(device=self._device)
         for buffer in decoder.buffers():
             buffer.zero_()
+        self._owned = Owned(layers) if layers else None
         # ZeRO-3 gathers what it calls a leaf at once, whichever experts are visited, and looks for tensors in its
         # output alone, not in what its parts hand one another.
         set_z3_leaf_modules(decoder, [MoE], raise_if_not_found=False)
@@ -228,16 +263,14 @@ class DeepSpeedEngine:
         knows what to count by `model_parallel` and `ds_pipe_replicated`; it would take any tensor of the ranks that are
         not first for a replica, another stage's too.
         """
-        for module in self._decoder.modules():
-            if isinstance(module, ParallelExperts):
-                module.mark()
+        mark_experts(self._decoder)
         for name, parameter in self._decoder.named_parameters():
             is_copy = name == "embedding.weight" and not self._decoder.is_first
             parameter.ds_pipe_replicated = is_copy
             parameter.model_parallel = not is_copy and (self._mesh.at["tp"] == 0 or split_dim(name) is not None)
 
-    def _expert_group(self) -> dist.ProcessGroup:
-        """Tell DeepSpeed of the layout's groups of experts and of their replicas. Gives the first."""
+    def _expert_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Tell DeepSpeed of the layout's groups of experts and of their replicas. Gives this rank's of both."""
         made = []
         for axis, groups, ranks in (
             ("ep", deepspeed_groups._EXPERT_PARALLEL_GROUP, deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS),
@@ -248,7 +281,7 @@ class DeepSpeedEngine:
                 if dist.get_rank() in members:
                     groups[EXPERT_GROUP], ranks[EXPERT_GROUP] = group, list(members)
                     made.append(group)
-        return made[0]
+        return made[0], made[1]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Of what is decayed and what is not, and of experts apart, which are reduced over fewer ranks."""

@@ -6,7 +6,6 @@ import gc
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,16 +22,13 @@ from models.sparse_experts import SparseExperts
 from models.weights import Shard, Source, drawn, fill
 from orchestrator.files import FileEntry, Hook, unhindered
 from orchestrator.worker.engines.cuda_stand_in import install, part_gradients_from_activations, repair_megatron
-from orchestrator.worker.engines.expert_moves import as_expert_parallel, move_experts
 from orchestrator.worker.engines.megatron_batches import LocalBatch, local_batch
 from orchestrator.worker.engines.megatron_checkpoint import count_padding, load_sharded, save_sharded
 from orchestrator.worker.engines.protocol import KEPT, Batch, StateSource, StepResult
 from orchestrator.worker.engines.routed_rows import RoutedRows
+from orchestrator.worker.engines.shared_experts import SharedExperts, sharing
 from orchestrator.worker.engines.state_tensors import each_once, nothing, tensors_of
-from parallel.collectives import Lane
-from parallel.fssdp_means import means_of
 from parallel.layout import Layout
-from parallel.process_groups import new_group
 
 # isort: split
 # After models.megatron_specs, which decides how Megatron is imported.
@@ -46,14 +42,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from models.megatron_sparse import sharded_experts, share_experts
 from orchestrator.worker.engines.megatron_state import State
-
-RESHARDING_STEPS = 100
-"""After which experts may change their owners (Hecate, section 4)."""
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -88,14 +80,6 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> MegatronEngine:
     return engine
 
 
-def _sharing(job: JobSpec, layout: Layout, device: torch.device) -> ModuleSpec | None:
-    """Experts that ranks share, where the job asks for it and there are ranks to share them. Collective."""
-    if not job.model.is_moe or job.layout.expert_parallelism != "fssdp" or layout.ep == 1:
-        return None
-    lane = Lane(parallel_state.get_expert_model_parallel_group(), new_group(layout, "ep"), device)
-    return sharded_experts(job.model, lane, means_of(job))
-
-
 class MegatronEngine:
     """Implements `orchestrator.worker.engines.protocol.Engine`. All ranks of a DP coordinate are given equal batches.
 
@@ -112,17 +96,17 @@ class MegatronEngine:
         self._reseed(0)
         config = transformer_config(job, layout)
         self._last_stage = parallel_state.is_pipeline_last_stage()
-        self._experts = parallel_state.get_expert_model_parallel_group()
-        sharing = _sharing(job, layout, device)
+        group = parallel_state.get_expert_model_parallel_group()
+        shared = sharing(job, layout, group, device)
+        experts = sharded_experts(job.model, *shared) if shared else None
         self._models = [
-            build_model(job, config, device, index if layout.vpp > 1 else None, sharing) for index in range(layout.vpp)
+            build_model(job, config, device, index if layout.vpp > 1 else None, experts) for index in range(layout.vpp)
         ]
-        shared = [share_experts(model) for model in self._models] if sharing else []
-        self._owned = [owned for owned in shared if owned is not None]
+        owned = [share_experts(model) for model in self._models] if shared else []
         fill(self._shards(), drawn(job.model, self._train.seed))
         modules = (module for model in self._models for module in model.modules())
-        experts = (module.experts for module in modules if isinstance(module, MoELayer))
-        self._rows = RoutedRows(each.arrivals if isinstance(each, SparseExperts) else each for each in experts)
+        held = (module.experts for module in modules if isinstance(module, MoELayer))
+        self._rows = RoutedRows(each.arrivals if isinstance(each, SparseExperts) else each for each in held)
         self._chunks = [self._distributed(config, model) for model in self._models]
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -144,6 +128,8 @@ class MegatronEngine:
         for optimizer in self._optimizer.chained_optimizers:
             optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
         self._state = State(self._optimizer)
+        replicas = parallel_state.get_expert_data_parallel_group()
+        self._shared = SharedExperts(owned, group, replicas, self._state)
         no_sync = [chunk.no_sync for chunk in self._chunks]
         config.no_sync_func = no_sync if layout.vpp > 1 else no_sync[0]
         config.finalize_model_grads_func = finalize_model_grads
@@ -157,19 +143,14 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         self._rows.take()
-        for owned in self._owned:
-            owned.decide()
+        self._shared.begin_step()
         loss = self._run(batches, forward_only=False)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
             group["weight_decay"] = self._train.weight_decay * group["wd_mult"]
         self.before_update()
         _, grad_norm, _ = self._optimizer.step()
-        for owned in self._owned:
-            owned.remember(parallel_state.get_expert_data_parallel_group())
-            if step % RESHARDING_STEPS == 0:
-                owned.choose()
-                move_experts(owned, owned.chosen_owners(), self._experts, self._state)
+        self._shared.end_step(step)
         # One broadcast from the last rank, which is on the last stage: equal everywhere to the last bit.
         figures = torch.stack((loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=self._device)))
         dist.broadcast(figures, src=self._layout.world - 1)
@@ -184,12 +165,12 @@ class MegatronEngine:
         return loss.item()
 
     def set_weights(self, source: Source) -> None:
-        with self._as_expert_parallel():
+        with self._shared.as_expert_parallel():
             fill(self._shards(), source)
             self._optimizer.reload_model_params()
 
     def weights(self) -> Iterator[Shard]:
-        with self._as_expert_parallel():
+        with self._shared.as_expert_parallel():
             for shard in self._shards():
                 yield replace(shard, part=shard.read())
 
@@ -216,22 +197,16 @@ class MegatronEngine:
             for group in optimizer.optimizer.param_groups:
                 if "step" in group:
                     group["step"] = step
-        for owned in self._owned:
-            owned.settle()
+        self._shared.restored()
 
     def save(self, folder: Path, before: Hook = unhindered) -> list[FileEntry]:
-        with self._as_expert_parallel():
+        with self._shared.as_expert_parallel():
             return save_sharded(self._models, self._optimizer, folder, before)
 
     def load(self, folder: Path) -> None:
-        for owned in self._owned:
-            owned.own(owned.even_owners())
+        self._shared.forget_owners()
         load_sharded(self._models, self._optimizer, folder)
-        for owned in self._owned:
-            move_experts(owned, owned.chosen_owners(), self._experts, self._state)
-
-    def _as_expert_parallel(self) -> AbstractContextManager[None]:
-        return as_expert_parallel(self._owned, self._experts, self._state)
+        self._shared.go_to_owners()
 
     def _shards(self) -> Iterator[Shard]:
         for model in self._models:

@@ -1,4 +1,4 @@
-"""Experts that change their owner under FSSDP, with all that is kept of them."""
+"""Experts under FSSDP as an engine has them: they change their owner with all that is kept of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from jobs.spec import JobSpec
 from models.sparse_experts import Owned, Owners
 from orchestrator.worker.engines.protocol import KEPT, Kept
+from parallel.collectives import Lane
+from parallel.fssdp import Means
+from parallel.fssdp_means import means_of
+from parallel.layout import Layout
+from parallel.process_groups import new_group
+
+RESHARDING_STEPS = 100
+"""After which experts may change their owners (Hecate, section 4)."""
 
 
 class State(Protocol):
@@ -25,14 +34,64 @@ class State(Protocol):
         """Of a weight, the model's copy too."""
 
 
-@contextmanager
-def as_expert_parallel(owned: Sequence[Owned], group: dist.ProcessGroup, state: State) -> Iterator[None]:
-    """Experts lie where expert parallelism would have them: for what names parameters by their places. Collective."""
-    for each in owned:
-        move_experts(each, each.even_owners(), group, state)
-    yield
-    for each in owned:
-        move_experts(each, each.chosen_owners(), group, state)
+class SharedExperts:
+    """A rank's, of both engines: what is decided before and after a step, and how a checkpoint sees them."""
+
+    def __init__(
+        self,
+        owned: Sequence[Owned | None],
+        group: dist.ProcessGroup | None,
+        replicas: dist.ProcessGroup | None,
+        state: State,
+    ) -> None:
+        """owned: of each virtual stage. `replicas` hold the same experts' copies for other tokens."""
+        self.owned = [each for each in owned if each is not None]
+        self._group, self._replicas, self._state = group, replicas, state
+
+    def begin_step(self) -> None:
+        for owned in self.owned:
+            owned.decide()
+
+    def end_step(self, step: int) -> None:
+        """Collective."""
+        for owned in self.owned:
+            owned.remember(self._replicas)
+            if step % RESHARDING_STEPS == 0:
+                owned.choose()
+        if step % RESHARDING_STEPS == 0:
+            self.go_to_owners()
+
+    @contextmanager
+    def as_expert_parallel(self) -> Iterator[None]:
+        """Experts lie where expert parallelism would have them: for what names tensors by their places. Collective."""
+        for owned in self.owned:
+            move_experts(owned, owned.even_owners(), self._group, self._state)
+        yield
+        self.go_to_owners()
+
+    def forget_owners(self) -> None:
+        """Experts lie evenly from here on, and what is in their places is to be overwritten."""
+        for owned in self.owned:
+            owned.own(owned.even_owners())
+
+    def go_to_owners(self) -> None:
+        """Those that were chosen. Collective."""
+        for owned in self.owned:
+            move_experts(owned, owned.chosen_owners(), self._group, self._state)
+
+    def restored(self) -> None:
+        """All tensors were overwritten by what they were after another step."""
+        for owned in self.owned:
+            owned.settle()
+
+
+def sharing(
+    job: JobSpec, layout: Layout, group: dist.ProcessGroup | None, device: torch.device
+) -> tuple[Lane, Means] | None:
+    """Where the job asks for it, and a group of ranks is there to share experts. Collective over all ranks."""
+    if not job.model.is_moe or job.layout.expert_parallelism != "fssdp" or group is None or layout.ep == 1:
+        return None
+    return Lane(group, new_group(layout, "ep"), device), means_of(job)
 
 
 def move_experts(owned: Owned, owners: Owners, group: dist.ProcessGroup, state: State) -> None:

@@ -1,4 +1,4 @@
-"""Experts that ranks share, in the Megatron engine: the run is the reference model's, whatever is copied and moved."""
+"""Experts that ranks share, in both engines: the run is the reference model's, whatever is copied and moved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from small_jobs import small_job, small_model
 
 from jobs.spec import JobSpec
-from orchestrator.worker.engines import megatron
+from orchestrator.worker.engines import deepspeed, megatron, shared_experts
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
 from orchestrator.worker.exactness.oracle import settled
 from orchestrator.worker.exactness.trial import Block, Trained, Trial, train
@@ -26,8 +26,9 @@ STEPS = 4
 
 
 def job(model: dict[str, Any], layout: dict[str, Any]) -> JobSpec:
-    shared = {"expert_parallelism": "fssdp", "expert_copies": 2}
-    return small_job(small_model("mixtral", **model), {**shared, **layout}, steps=STEPS, adam_epsilon=1e-6)
+    layout = {"expert_parallelism": "fssdp", "expert_copies": 2, **layout}
+    engine = layout.pop("engine", "megatron")
+    return small_job(small_model("mixtral", **model), layout, engine=engine, steps=STEPS, adam_epsilon=1e-6)
 
 
 def assert_exact(ranks: Ranks, spec: JobSpec) -> None:
@@ -45,6 +46,11 @@ LAYOUTS: list[dict[str, Any]] = [
     {"dp": 2, "pp": 2, "vpp": 2, "ep": 2},
     {"dp": 4, "ep": 4, "recompute": "full"},
     {"dp": 4, "ep": 4, "recompute": "selective", "recompute_modules": ("core_attn", "moe")},
+    {"engine": "deepspeed", "dp": 2, "ep": 2, "zero_stage": 0},
+    {"engine": "deepspeed", "dp": 4, "ep": 2, "zero_stage": 1},
+    {"engine": "deepspeed", "dp": 4, "ep": 4, "zero_stage": 2},
+    {"engine": "deepspeed", "dp": 2, "pp": 2, "ep": 2, "zero_stage": 1},
+    {"engine": "deepspeed", "cp": 2, "dp": 2, "ep": 4, "zero_stage": 2, "recompute": "full"},
 ]
 
 
@@ -74,10 +80,12 @@ class Walked:
 
 
 def _walk(rank: int, leg: Leg) -> Walked:
-    megatron.RESHARDING_STEPS, fssdp_sharding.SAVING = leg.resharding, -1.0  # soon, and whether it pays or not
+    shared_experts.RESHARDING_STEPS, fssdp_sharding.SAVING = leg.resharding, -1.0  # soon, and whether it pays or not
     layout, micro_batch = Layout.of(leg.spec.layout), leg.spec.layout.micro_batch
     assert micro_batch is not None
-    engine = megatron.build(leg.spec, layout, torch.device("cpu"))
+    engine = {"megatron": megatron, "deepspeed": deepspeed}[leg.spec.engine].build(
+        leg.spec, layout, torch.device("cpu")
+    )
     if leg.load:
         engine.load(leg.load)
     at, losses, grad_norms = layout.coordinates(rank)["dp"], [], []
@@ -88,10 +96,10 @@ def _walk(rank: int, leg: Leg) -> Walked:
         grad_norms.append(result.grad_norm)
     if leg.save:
         engine.save(leg.save)
-    owners = [owned.owners() for owned in engine._owned]
-    copies = sum(layer.placement.copies for owned in engine._owned for layer in owned.layers.values())
+    owners = [owned.owners() for owned in engine._shared.owned]
+    copies = sum(layer.placement.copies for owned in engine._shared.owned for layer in owned.layers.values())
     blocks = [Block(shard.name, shard.offset, shard.read().numpy()) for shard in engine.weights()]
-    assert [owned.owners() for owned in engine._owned] == owners
+    assert [owned.owners() for owned in engine._shared.owned] == owners
     return Walked(Trained(losses, grad_norms, blocks), owners, copies)
 
 
@@ -102,8 +110,19 @@ def walk(ranks: Ranks, leg: Leg) -> list[Walked]:
 UNEVEN: dict[str, Any] = {"experts": 8, "layers": 4, "aux_loss": 0.0}
 
 
-def test_experts_move_with_their_state_and_the_run_stays_that_of_the_reference(ranks: Ranks) -> None:
-    spec, account = ranks.run(1, settled, job(UNEVEN, {"dp": 4, "ep": 2, "pp": 2}))[0]
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp": 4, "ep": 2, "pp": 2},
+        {"engine": "deepspeed", "dp": 4, "ep": 2, "zero_stage": 1},
+        {"engine": "deepspeed", "dp": 4, "ep": 4, "zero_stage": 2},
+    ],
+    ids=str,
+)
+def test_experts_move_with_their_state_and_the_run_stays_that_of_the_reference(
+    ranks: Ranks, layout: dict[str, Any]
+) -> None:
+    spec, account = ranks.run(1, settled, job(UNEVEN, layout))[0]
     walked = walk(ranks, Leg(spec, range(1, STEPS + 1)))
     assert any(owners != sorted(owners) for each in walked[0].owners for owners in each.values())
     assert walked[0].copies > 0
@@ -113,7 +132,15 @@ def test_experts_move_with_their_state_and_the_run_stays_that_of_the_reference(r
     assert verdict.exact, str(verdict)
 
 
-@pytest.mark.parametrize("layout", [{"dp": 4, "ep": 4}, {"tp": 2, "dp": 2, "ep": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp": 4, "ep": 4},
+        {"tp": 2, "dp": 2, "ep": 2},
+        {"engine": "deepspeed", "dp": 4, "ep": 2, "zero_stage": 1},
+    ],
+    ids=str,
+)
 def test_a_run_resumes_bit_equal_with_its_owners_and_its_copies(
     ranks: Ranks, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
@@ -137,6 +164,10 @@ def test_a_run_resumes_bit_equal_with_its_owners_and_its_copies(
         ({"dp": 4, "ep": 4}, {"dp": 2, "ep": 2, "expert_parallelism": "ep"}),
         ({"dp": 4, "ep": 2, "expert_parallelism": "ep"}, {"tp": 2, "dp": 2, "ep": 4}),
         ({"dp": 4, "ep": 4, "pp": 2}, {"dp": 2, "ep": 2}),
+        (
+            {"engine": "deepspeed", "dp": 4, "ep": 4, "zero_stage": 2},
+            {"engine": "deepspeed", "dp": 2, "ep": 2, "zero_stage": 1, "expert_parallelism": "ep"},
+        ),
     ],
     ids=str,
 )
