@@ -29,13 +29,14 @@ OFTEN = (1, 4, 6, 6)
 COST = {1: 1.0, 2: 1.5, 4: 2.5, 8: 4.0}
 """Seconds of a case, by its world, relative."""
 
-FEWEST_CASES, SUBSET, DRAWN = 128, 30, 12_000
+FEWEST_CASES, SUBSET, DRAWN = 128, 30, 16_000
 TIMES = 2
 """How often each pair of features is covered together, in each engine."""
 
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "context_attention": tuple({"context_attention": kind} for kind in ("gather", "ring", "ulysses")),
     "dispatcher": ({"dispatcher": "allgather"}, {"dispatcher": "flex"}),
+    "expert_parallelism": ({"expert_parallelism": "fssdp", "expert_copies": 2},),
     "recompute": (
         {"recompute": "full"},
         *(
@@ -93,6 +94,8 @@ class Case:
             if options[field] != SIMPLEST[field]:
                 found.add(f"{field}={options[field]}")
         found.update(field for field in ("offload_optimizer", "offload_parameters") if options[field] != "none")
+        if self.layout.expert_parallelism == "fssdp":
+            found.add("fssdp")
         if options["recompute"] == "full":
             found.add("recompute=full")
         elif options["recompute"] == "selective":
@@ -135,6 +138,7 @@ def asked(variant: str, mesh: dict[str, int], chosen: dict[str, Any]) -> bool:
     module = chosen.get("recompute_modules", ("",))[0]
     return not (
         ("context_attention" in chosen and mesh["cp"] == 1)
+        or ("expert_parallelism" in chosen and mesh["ep"] == 1)
         or (chosen.get("optimizer_replicas", 1) > mesh["dp"] * mesh["cp"])
         or (module == "moe" and not model.is_moe)
         or (module == "shared_experts" and not model.shared_expert_ffn)
