@@ -82,6 +82,7 @@ SIMPLEST: dict[str, Any] = {
     "optimizer_replicas": 1,
     "offload_optimizer": "none",
     "offload_parameters": "none",
+    "expert_parallelism": "ep",
 }
 """The options of LayoutSpec that are planned where they are left None, each as an engine runs it without a plan."""
 
@@ -124,9 +125,10 @@ class LayoutSpec(Spec):
         None, description="what cp exchanges: keys and values at once, or in turn, or heads; null: the engine's first"
     )
     dispatcher: Literal["alltoall", "allgather", "flex"] = Field("alltoall", description="how tokens reach experts")
-    expert_parallelism: Literal["ep", "fssdp"] = Field(
+    expert_parallelism: Literal["ep", "fssdp"] | None = Field(
         "ep",
-        description="over the ep ranks: each computes its experts, or fssdp: they share those that have most tokens",
+        description="over the ep ranks: each computes its experts, or fssdp: they share those that have most tokens; "
+        "null: as is faster",
     )
     expert_copies: int | None = Field(
         None,

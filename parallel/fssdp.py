@@ -89,8 +89,8 @@ class Wire:
 
     def movable(self, window_seconds: float, experts: int) -> int:
         """Experts of `experts` that fit into a window: Hecate's t = B (T - latency) / bytes of an expert."""
-        fitting = int((window_seconds - self.link.latency_seconds) * self.link.bytes_per_second / self.expert_bytes)
-        return max(0, min(experts, fitting))
+        fitting = (window_seconds - self.link.latency_seconds) * self.link.bytes_per_second / self.expert_bytes
+        return int(max(0.0, min(experts, fitting)))
 
     def seconds(self, experts: int) -> float:
         """That a gather takes whose busiest rank moves so many."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from jobs.spec import JobSpec
+from parallel.estimates.copies import limits_of, wire_of
 from parallel.estimates.hardware import Hardware, hardware
 from parallel.estimates.layers import attention_parts
 from parallel.estimates.network import Network
 from parallel.estimates.operators import linear
 from parallel.estimates.software import software
 from parallel.estimates.workload import Workload
-from parallel.fssdp import Limits, Means, Wire
+from parallel.fssdp import Limits, Means
 from parallel.fssdp_dispatch import Topology
 from parallel.layout import Layout
-
-MEMORY_SHARE = 0.04
-"""Of a device's memory: what copies of two layers may take together, one that computes and one that is on its way."""
 
 
 def means_of(job: JobSpec) -> Means:
@@ -28,17 +26,8 @@ def means_of(job: JobSpec) -> Means:
         return Means(topology, Limits(copies, 2 * copies))
     device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
     workload = Workload.of(job, layout, job.layout.micro_batch or 1)
-    wire = wire_of(workload, device)
-    slots = min(job.model.experts, int(MEMORY_SHARE * device.memory_bytes / (2 * wire.expert_bytes)))
-    movable = wire.movable(window_seconds(workload, device), job.model.experts)
-    return Means(topology, Limits(slots, movable), token_seconds(workload, device), wire)
-
-
-def wire_of(workload: Workload, device: Hardware) -> Wire:
-    """What an expert crosses from its owner to a copy's holder."""
-    network, layout, model = Network(device, workload.devices_per_node), workload.layout, workload.model
-    link = device.fast_link if layout.ep * layout.etp <= network.domain else device.network_link
-    return Wire(link, workload.element * 3 * model.hidden * model.expert_ffn / layout.etp)
+    limits = limits_of(workload, device, window_seconds(workload, device))
+    return Means(topology, limits, token_seconds(workload, device), wire_of(workload, device))
 
 
 def window_seconds(workload: Workload, device: Hardware) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from parallel.estimates.copies import limits_of, shared
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.network import Network
 from parallel.estimates.operators import Seconds, attention, linear, moved
@@ -65,7 +66,8 @@ def layer_parts(workload: Workload, hardware: Hardware, network: Network, ours: 
     if model.dense_layers:
         dense = {**attended, "mlp": _mlp(workload, hardware, network, ours, model.ffn)}
     if model.moe_layers:
-        moe = {**attended, **_experts(workload, hardware, network, ours)}
+        window = sum(part.forward for part in attended.values())
+        moe = {**attended, **_experts(workload, hardware, network, ours, window)}
         if model.shared_expert_ffn:
             moe["shared_experts"] = _mlp(workload, hardware, network, ours, model.shared_expert_ffn)
     return dense, moe
@@ -208,15 +210,31 @@ def _mlp(workload: Workload, hardware: Hardware, network: Network, ours: Softwar
     return total((_cost(products, activation, ours), _block(workload, network, ours)))
 
 
-def _experts(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> dict[str, Cost]:
+def busiest_load(workload: Workload, hardware: Hardware, window_seconds: float) -> float:
+    """Tokens of the busiest expert-parallel rank over the mean; less where ranks share experts.
+
+    window_seconds: forward of attention, behind which experts are copied.
+    """
+    layout, load = workload.layout, LOADS[workload.load]
+    if layout.ep == 1:
+        return 1.0
+    if workload.expert_parallelism == "ep":
+        return load
+    limits = limits_of(workload, hardware, window_seconds)
+    return shared(workload.model.experts, layout.ep, load, limits).busiest
+
+
+def _experts(
+    workload: Workload, hardware: Hardware, network: Network, ours: Software, window_seconds: float
+) -> dict[str, Cost]:
     """Router, dispatch, the experts of the busiest rank, combination.
 
     Each rank sends top_k copies of its tokens; an expert tensor-parallel group gathers those of all its ranks, and
-    scatters the sums.
+    scatters the sums. Copies of experts that ranks share come and go behind attention, forward and backward.
     """
     model, layout, element = workload.model, workload.layout, workload.element
     tokens = workload.tokens // layout.tp
-    load = LOADS[workload.load] if layout.ep > 1 else 1.0
+    load = busiest_load(workload, hardware, window_seconds)
     if model.capacity_factor:
         load = min(load, model.capacity_factor) if workload.load != "balanced" else model.capacity_factor
     copies = tokens * model.top_k * load
@@ -242,6 +260,11 @@ def _experts(workload: Workload, hardware: Hardware, network: Network, ours: Sof
         tensor_backward=sent * gathered,
         kernels=4,
     )
+    if workload.expert_parallelism == "fssdp" and layout.ep > 1:
+        # All ranks tell one another how many tokens each expert has of each, and whom they send them to.
+        told = network.all_gather(4 * layout.ep * model.experts, layout.ep, layout.etp)
+        told += network.all_to_all(8 * model.experts, layout.ep, layout.etp)
+        sending = total((sending, Cost(expert_forward=ours.network * told, kernels=2)))
     return {
         "moe": total((_cost(products + gate, router + sorting, ours), sending)),
         "moe_act": _cost(Seconds(), activation, ours),

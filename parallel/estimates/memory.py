@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from jobs.architecture import ModelArchitecture
 from parallel.estimates.activations import LayerBytes, layer_bytes
+from parallel.estimates.copies import copies_bytes
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.workload import Workload, kept_by
 from parallel.layout import Layout
@@ -60,7 +61,7 @@ class MemoryEstimate:
     logits: int
     workspace: int
     """Alive for a moment: the widest block's gathered input and gradients, the largest weight's gradient, a layer
-    computed again, ZeRO-3's gathered weights."""
+    computed again, ZeRO-3's gathered weights, copies of experts that ranks share."""
     update: int
     """Made by the optimizer's step where that is the fullest moment: fp32 copies of gradients kept in less."""
     overhead: int
@@ -248,6 +249,7 @@ def _parts(workload: Workload, device: Hardware, asked: tuple[_Held, ...]) -> li
     """Fields of MemoryEstimate for some of the stages."""
     layout, micro_batches = workload.layout, workload.micro_batches
     dense, moe, workspace, head = _passing(workload)
+    workspace += copies_bytes(workload, device)
     reserved = device.reserved_bytes * (1 - COMMUNICATOR_SHARE * _groups(layout).count(1))
     found: list[tuple[int, ...]] = []
     for place, stage, weights, gradients, optimizer, update in asked:

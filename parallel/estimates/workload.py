@@ -60,6 +60,8 @@ class Workload:
     """What runs it, as calibrations name it; one that is not known gets arithmetic without residuals."""
     context_attention: Literal["gather", "ring", "ulysses"] = "gather"
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    expert_parallelism: Literal["ep", "fssdp"] = "ep"
+    """fssdp: ranks share the experts that have most tokens (parallel/fssdp.py)."""
     experts_overlap: bool = False
     """All-to-alls of a micro-batch travel beside another's computation (Megatron-Core's 1F1B overlap; DeepSeek-V3,
     arXiv 2412.19437, section 3.2.1)."""
@@ -98,6 +100,7 @@ class Workload:
             recompute=frozenset(modules),
             context_attention=job.layout.context_attention or own,
             dispatcher=job.layout.dispatcher,
+            expert_parallelism=options["expert_parallelism"],
             zero_stage=options["zero_stage"],
             optimizer_replicas=options["optimizer_replicas"],
             # Neither engine fuses SwiGLU: both keep silu's output, and Megatron's MLP the gate plus its offset.

@@ -147,6 +147,8 @@ def _turns(chosen: JobSpec) -> Iterator[dict[str, Any]]:
     if chosen.model.is_moe:
         yield from _experts_turned(degrees)
         yield from ({"dispatcher": other} for other in _others(layout, "dispatcher"))
+        if degrees["ep"] > 1:
+            yield from ({"expert_parallelism": other} for other in _others(layout, "expert_parallelism"))
     for name, value in (("micro_batch", layout.micro_batch or 1), ("vpp", degrees["vpp"])):
         if name == "micro_batch" or degrees["pp"] > 1:
             yield {name: 2 * value}

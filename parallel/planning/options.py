@@ -69,6 +69,7 @@ def _choices(job: JobSpec) -> Iterator[dict[str, Any]]:
         "offload_optimizer": places,
         "optimizer_replicas": (1,),
         "zero_stage": (1, 0, 2, 3),
+        "expert_parallelism": ("ep", "fssdp") if job.model.is_moe else ("ep",),
     }
     open_or_fixed = [menu[name] if getattr(layout, name) is None else (getattr(layout, name),) for name in menu]
     for values in itertools.product(*open_or_fixed):
