@@ -186,21 +186,14 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path, before: Hook = unhindered) -> list[FileEntry]:
         with self._shared.as_expert_parallel():
-            return save(self._state, self._held(), [*self._biases(), *self._sharing()], folder, before)
+            return save(self._state, self._held(), [*self._biases(), *self._shared.kept()], folder, before)
 
     def load(self, folder: Path) -> None:
         self._shared.forget_owners()
         known = stored_names(folder)
-        sharing = [shard for shard in self._sharing() if f"weight.{shard.name}" in known]
+        sharing = [shard for shard in self._shared.kept() if f"weight.{shard.name}" in known]
         load(self._state, self._held(), [*self._biases(), *sharing], folder)
         self._shared.go_to_owners()
-
-    def _sharing(self) -> Iterator[Shard]:
-        """What shared experts keep beside weights; not of every run."""
-        for owned in self._shared.owned:
-            for number, layer in owned.layers.items():
-                for name in ("chosen", "history"):
-                    yield whole(f"layers.{number}.moe.experts.{name}", getattr(layer, name))
 
     def _held(self) -> list[Held]:
         return [self._of(parameter, parts) for parameter, parts in parts_of(self._decoder)]

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from jobs.spec import JobSpec
 from models.sparse_experts import Owned, Owners
+from models.weights import Shard, whole
 from orchestrator.worker.engines.protocol import KEPT, Kept
 from parallel.collectives import Lane
 from parallel.fssdp import Means
@@ -78,6 +79,13 @@ class SharedExperts:
         """Those that were chosen. Collective."""
         for owned in self.owned:
             move_experts(owned, owned.chosen_owners(), self._group, self._state)
+
+    def kept(self) -> Iterator[Shard]:
+        """What a checkpoint has beside weights; not of every run."""
+        for owned in self.owned:
+            for number, layer in owned.layers.items():
+                for name in ("chosen", "history"):
+                    yield whole(f"layers.{number}.moe.experts.{name}", getattr(layer, name))
 
     def restored(self) -> None:
         """All tensors were overwritten by what they were after another step."""
