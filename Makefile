@@ -5,7 +5,7 @@ SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow exact exact-kernels exact-random fuzz-checkpoints lint validate-planner bench-planner chaos bench-faults bench-faults-gpu bench-snapshot bench-watching bench-gpu wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-kernels exact-random fuzz-checkpoints lint validate-planner bench-planner simulate-sharing chaos bench-faults bench-faults-gpu bench-snapshot bench-watching bench-gpu wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
@@ -44,6 +44,10 @@ validate-planner: $(VENV)/.ready
 # How quickly layouts are searched for, at 1,024 and 16,384 devices, on one core.
 bench-planner: $(VENV)/.ready
 	$(BIN)/python tests/planner/bench.py --json docs/planner/search-speed.json
+
+# What sharing experts gains from 32 to 1,024 devices, on skewed traces: two minutes.
+simulate-sharing: $(VENV)/.ready
+	PYTHONPATH=. $(BIN)/python tests/planner/sharing.py --json docs/planner/sharing.json
 
 # Every kind of fault into one small job on this machine, each to be found, named and answered: four minutes.
 chaos: $(VENV)/.ready

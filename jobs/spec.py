@@ -136,6 +136,14 @@ class LayoutSpec(Spec):
         description="experts of a layer that a rank may compute beside its own with fssdp; null: as many as memory and "
         "links allow",
     )
+    expert_loads: str | None = Field(
+        None, description="expert_loads.jsonl of an earlier run, by which the plan knows routing; null: assumed"
+    )
+
+    @field_validator("expert_loads")
+    @classmethod
+    def _wherever_it_is_read(cls, expert_loads: str | None) -> str | None:
+        return expert_loads and str(Path(expert_loads).expanduser().absolute())
 
     @property
     def degrees(self) -> dict[str, int]:

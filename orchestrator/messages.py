@@ -54,6 +54,9 @@ class StepReport(Message):
         default_factory=dict, description="of compute, in collectives, by the axes of their group: `dp cp`"
     )
     routed_rows: int | None = Field(None, description="that this rank's experts computed; null: it has none")
+    expert_loads: dict[int, list[int]] | None = Field(
+        None, description="tokens of each expert over all ranks, by layer of this rank's stage: now and then, from one"
+    )
     memory_bytes: int = Field(description="peak: device memory on CUDA, resident set on CPU")
     validation_loss: float | None = None
     at: float = Field(default_factory=time.time, description="Unix seconds at its end")

@@ -113,6 +113,9 @@ class RunRecord:
             self._status["state"] = "running"
         self._status["step"] = report.step
         self.run.append("metrics.jsonl", [line])
+        loads = {layer: counts for each in waiting.values() for layer, counts in (each.expert_loads or {}).items()}
+        if loads:
+            self.run.append("expert_loads.jsonl", [{"step": report.step, "attempt": report.attempt, "loads": loads}])
         for listener in self._listeners:
             listener(line)
         self.confirm(now=began)

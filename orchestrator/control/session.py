@@ -23,6 +23,7 @@ from orchestrator import manifests
 from orchestrator.control import cluster, replanning
 from orchestrator.control.controller import Controller
 from orchestrator.control.display import Display, bytes_text
+from orchestrator.control.expert_plot import plot_expert_loads
 from orchestrator.control.injector import Injector
 from orchestrator.control.plot import plot_ledger, plot_loss, plot_ranks
 from orchestrator.control.record import LIVE, RunRecord, State, Throughput, new_status, status_of
@@ -265,6 +266,11 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
         picture = io.BytesIO()
         plot_ranks(ranks, picture)
         run.write("ranks.png", picture.getvalue())
+    loads = list(run.read_lines("expert_loads.jsonl"))
+    if loads:
+        picture = io.BytesIO()
+        plot_expert_loads(loads, picture)
+        run.write("expert_loads.png", picture.getvalue())
     return {
         "run_id": run.run_id,
         "run_folder": run.place,

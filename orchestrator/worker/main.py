@@ -189,6 +189,7 @@ class _Rank:
                 phase_seconds=phases,
                 waited_seconds=waited,
                 routed_rows=result.routed_rows,
+                expert_loads=result.expert_loads,
                 memory_bytes=self._peak_memory(),
                 validation_loss=validation_loss,
             )

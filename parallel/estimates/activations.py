@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jobs.architecture import ModelArchitecture
-from parallel.estimates.layers import LOADS
+from parallel.estimates.copies import busiest_rank
 from parallel.estimates.workload import Workload
 
 GRADIENT_BYTES = {"flash": 0.0, "flash1": 0.0, "fused_softmax": 2.0, "unfused": 10.0}
@@ -37,7 +37,7 @@ def routed_rows(workload: Workload) -> float:
     capacity factor an expert takes no more than that times the mean.
     """
     model, layout = workload.model, workload.layout
-    factor = LOADS[workload.load] if layout.ep > 1 else 1.0
+    factor = busiest_rank(workload)
     if model.capacity_factor:
         factor = min(factor, model.capacity_factor)
     return workload.tokens / layout.tp * model.top_k * layout.etp * factor

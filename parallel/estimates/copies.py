@@ -1,6 +1,6 @@
 """What shared experts (FSSDP) make of uneven routing: how far copies even ranks out, within memory and the link.
 
-The load of ranks is named by its busiest (`layers.LOADS`); how experts' loads come to it is an assumption: their
+An assumed load is named by its busiest rank (`loads.LOADS`); how experts' loads come to it is an assumption: their
 logarithms are spread like a normal distribution, as far as gives that busiest rank, and the heaviest lie together.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 from math import exp
 from statistics import NormalDist
-from typing import NamedTuple
 
 from parallel.estimates.hardware import Hardware
+from parallel.estimates.loads import LOADS, Recorded, Shared
 from parallel.estimates.network import Network
 from parallel.estimates.workload import Workload
 from parallel.fssdp import Limits, Wire, busiest, materialise
@@ -22,14 +22,13 @@ MEMORY_SHARE = 0.04
 """Of a device's memory: what copies of two layers may take together, one that computes and one that is on its way."""
 
 
-class Shared(NamedTuple):
-    """A layer's experts, once the busiest ranks share theirs."""
-
-    busiest: float
-    """Tokens of the busiest rank over the mean."""
-    copies: int
-    moved: int
-    """Experts that the rank moves which moves most."""
+def busiest_rank(workload: Workload) -> float:
+    """Tokens of the busiest expert-parallel rank over the mean, where each computes its own experts."""
+    if workload.layout.ep == 1:
+        return 1.0
+    if isinstance(workload.load, Recorded):
+        return workload.load.busiest(workload.layout.ep)
+    return LOADS[workload.load]
 
 
 def wire_of(workload: Workload, device: Hardware) -> Wire:
@@ -53,8 +52,15 @@ def copies_bytes(workload: Workload, device: Hardware) -> float:
     return 2 * limits_of(workload, device, float("inf")).slots * wire_of(workload, device).expert_bytes
 
 
+def shared(workload: Workload, limits: Limits) -> Shared:
+    """Where expert-parallel ranks share their experts."""
+    if isinstance(workload.load, Recorded):
+        return workload.load.shared(workload.layout.ep, limits)
+    return assumed(workload.model.experts, workload.layout.ep, LOADS[workload.load], limits)
+
+
 @lru_cache(maxsize=1 << 12)
-def shared(experts: int, ranks: int, load: float, limits: Limits) -> Shared:
+def assumed(experts: int, ranks: int, load: float, limits: Limits) -> Shared:
     """Of experts over ranks whose busiest has `load` times the mean without copies."""
     loads = _loads(experts, ranks, load)
     even = Placement.even(experts, ranks)

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from parallel.estimates.copies import limits_of, shared
+from parallel.estimates.copies import busiest_rank, limits_of, shared
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.network import Network
 from parallel.estimates.operators import Seconds, attention, linear, moved
 from parallel.estimates.software import Software
 from parallel.estimates.workload import Workload
-
-LOADS = {"balanced": 1.0, "natural": 1.25, "p99": 1.6}
-"""Tokens of the busiest expert-parallel rank over the mean: what a balancing loss leaves. Assumptions."""
-
 
 BATCH_KERNELS = 30
 """Started for a micro-batch beside its layers: tokens, labels, masks and positions are copied and shared out,
@@ -215,13 +211,9 @@ def busiest_load(workload: Workload, hardware: Hardware, window_seconds: float) 
 
     window_seconds: forward of attention, behind which experts are copied.
     """
-    layout, load = workload.layout, LOADS[workload.load]
-    if layout.ep == 1:
-        return 1.0
-    if workload.expert_parallelism == "ep":
-        return load
-    limits = limits_of(workload, hardware, window_seconds)
-    return shared(workload.model.experts, layout.ep, load, limits).busiest
+    if workload.layout.ep == 1 or workload.expert_parallelism == "ep":
+        return busiest_rank(workload)
+    return shared(workload, limits_of(workload, hardware, window_seconds)).busiest
 
 
 def _experts(

@@ -14,14 +14,12 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from jobs.architecture import ModelArchitecture
 from jobs.spec import JobSpec
+from parallel.estimates.loads import Load, Recorded, recorded
 from parallel.estimates.software import OURS
 from parallel.layout import Layout
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 """Of matrix products. With fp8, weights are kept in bf16, and activations but those that products alone keep."""
-
-Load = Literal["balanced", "natural", "p99"]
-"""How unevenly tokens are routed: forced even; as trained with a balancing loss; as in one step of a hundred."""
 
 AttentionKernel = Literal["flash", "flash1", "fused_softmax", "unfused"]
 """Keep no scores: FlashAttention 2 and later (cuDNN's, SDPA's too), FlashAttention 1; or write them: with a fused
@@ -65,7 +63,7 @@ class Workload:
     experts_overlap: bool = False
     """All-to-alls of a micro-batch travel beside another's computation (Megatron-Core's 1F1B overlap; DeepSeek-V3,
     arXiv 2412.19437, section 3.2.1)."""
-    load: Load = "natural"
+    load: Load | Recorded = "natural"
     """Of experts; with a capacity factor, what is dropped or padded follows from model.capacity_factor."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -101,6 +99,7 @@ class Workload:
             context_attention=job.layout.context_attention or own,
             dispatcher=job.layout.dispatcher,
             expert_parallelism=options["expert_parallelism"],
+            load="natural" if job.layout.expert_loads is None else recorded(job.layout.expert_loads, job.model.experts),
             zero_stage=options["zero_stage"],
             optimizer_replicas=options["optimizer_replicas"],
             # Neither engine fuses SwiGLU: both keep silu's output, and Megatron's MLP the gate plus its offset.

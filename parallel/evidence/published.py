@@ -16,8 +16,9 @@ from typing import Any
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError
 from parallel.estimates.hardware import Hardware, Link, hardware
+from parallel.estimates.loads import Load
 from parallel.estimates.software import OURS
-from parallel.estimates.workload import AttentionKernel, Load, Loss, Precision, Workload
+from parallel.estimates.workload import AttentionKernel, Loss, Precision, Workload
 from parallel.layout import Layout
 
 MODEL_COLUMNS = (

@@ -8,12 +8,13 @@ from typing import Any, get_args
 
 from jobs.spec import JobSpec, LayoutSpec
 from parallel.capabilities import why_refused
+from parallel.estimates.copies import busiest_rank
 from parallel.estimates.costs import estimate_time
 from parallel.estimates.hardware import Hardware
-from parallel.estimates.layers import LOADS
+from parallel.estimates.loads import LOADS, Recorded
 from parallel.estimates.memory import estimate_memory
 from parallel.estimates.software import Software
-from parallel.estimates.workload import Load, Workload
+from parallel.estimates.workload import Workload
 from parallel.layout import ATTENTION_AXES
 from parallel.planning.options import recompute_label, recomputed, variants
 from parallel.planning.planner import Plan, price, resolve, step_of
@@ -56,11 +57,11 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Routing:
-    """The chosen plan, were tokens routed like this; it is priced with `natural`."""
+    """The chosen plan, were tokens routed like this; it is priced with `recorded`, or else with `natural`."""
 
-    load: Load
+    load: str
     busiest: float
-    """Tokens of the busiest expert-parallel rank over the mean."""
+    """Tokens of the busiest expert-parallel rank over the mean, before experts are shared."""
     step_seconds: float
     memory_bytes: int
     p_out_of_memory: float
@@ -111,11 +112,14 @@ def _largest_first(parts: dict[str, Any]) -> dict[str, Any]:
 def _routings(step: Workload, plan: Plan, device: Hardware, run_by: Software | None) -> Iterator[Routing]:
     if plan.layout.ep == 1:
         return
-    for load in get_args(Load):
-        routed = replace(step, load=load)
+    cases: dict[str, Workload] = {load: replace(step, load=load) for load in LOADS}
+    if isinstance(step.load, Recorded):
+        cases["recorded"] = step
+    for load, routed in cases.items():
         seconds = estimate_time(routed, device, run_by).total + plan.time.unexplained
         memory = estimate_memory(routed, device)
-        yield Routing(load, LOADS[load], seconds, memory.total, memory.p_out_of_memory(device.memory_bytes))
+        chance = memory.p_out_of_memory(device.memory_bytes)
+        yield Routing(load, busiest_rank(routed), seconds, memory.total, chance)
 
 
 def _neighbour(

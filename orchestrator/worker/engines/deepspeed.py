@@ -22,13 +22,14 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from jobs.spec import JobSpec
-from models.reference import MoE, Router
+from models.reference import MoE, Router, Routing
 from models.sparse_experts import Owned, SparseExperts
 from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
 from orchestrator.files import FileEntry, Hook, unhindered
 from orchestrator.offload import check_nvme
 from orchestrator.worker.engines.checkpoint_files import stored_names
+from orchestrator.worker.engines.expert_loads import ExpertLoads
 from orchestrator.worker.engines.protocol import KEPT, Batch, StateSource, StepResult
 from orchestrator.worker.engines.routed_rows import RoutedRows
 from orchestrator.worker.engines.shared_experts import SharedExperts, sharing
@@ -60,15 +61,13 @@ from orchestrator.worker.engines.deepspeed_checkpoint import Held, load, save
 from orchestrator.worker.engines.deepspeed_mesh import Mesh
 from orchestrator.worker.engines.deepspeed_model import MicroBatch, WholeModel
 from orchestrator.worker.engines.deepspeed_pipeline import Pipeline
+from orchestrator.worker.engines.deepspeed_settings import settings
 from orchestrator.worker.engines.deepspeed_state import State
 
 # It would run compilers and query GPUs to know what it could compile, and on a CPU then compile an all-reduce.
 deepspeed.ops.__compatible_ops__ = {}
 logger.setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated")
-
-_BUCKET = 50_000_000
-"""Elements that are reduced or gathered at once, at most."""
 
 
 def build(job: JobSpec, layout: Layout, device: torch.device) -> DeepSpeedEngine:
@@ -81,6 +80,10 @@ def build(job: JobSpec, layout: Layout, device: torch.device) -> DeepSpeedEngine
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     deepspeed.init_distributed(dist_init_required=False)
     return DeepSpeedEngine(job, layout, device)
+
+
+def _tokens_of(experts: int, routing: Routing) -> Tensor:
+    return torch.bincount(routing.experts.flatten(), minlength=experts)
 
 
 class DeepSpeedEngine:
@@ -104,6 +107,10 @@ class DeepSpeedEngine:
         modules = list(self._decoder.modules())
         shared = [module.arrivals for module in modules if isinstance(module, SparseExperts)]
         self._rows = RoutedRows(shared or [module for module in modules if isinstance(module, ExpertMLP)])
+        routers = {
+            int(layer): module.moe.router for layer, module in self._decoder.layers.items() if hasattr(module, "moe")
+        }
+        self._loads = ExpertLoads(routers, partial(_tokens_of, job.model.experts), self._mesh.data)
         self.parameters = job.model.parameters
         optimizer = torch.optim.AdamW(
             self._parameter_groups(),
@@ -116,7 +123,7 @@ class DeepSpeedEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=self._pipeline or self._decoder,
                 optimizer=optimizer,
-                config=self._configuration(),
+                config=settings(job, layout, device, self._decoder),
                 mpu=None if self._pipeline else self._mesh,
                 dist_init_required=False,
             )
@@ -131,6 +138,7 @@ class DeepSpeedEngine:
         # DeepSpeed averages gradients over DP: a sum of losses times this becomes the mean over the global batch.
         scale = (dist.get_world_size(self._mesh.data) / counted).float()
         self._rows.take()
+        self._loads.begin_step(step)
         self._shared.begin_step()
         total = self._forward_backward(parts, scale)
         for group in self._engine.optimizer.param_groups:
@@ -139,7 +147,7 @@ class DeepSpeedEngine:
         self._shared.end_step(step)
         self._update_router_biases()
         dist.all_reduce(total, group=self._mesh.losses)
-        return StepResult((total / counted).item(), grad_norm, self._rows.take())
+        return StepResult((total / counted).item(), grad_norm, self._rows.take(), self._loads.end_step())
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         self._engine.eval()
@@ -286,54 +294,6 @@ class DeepSpeedEngine:
                 new |= {"moe": True, "name": EXPERT_GROUP}
             groups.setdefault((is_expert, is_decayed), new)["params"].append(parameter)
         return list(groups.values())
-
-    def _configuration(self) -> dict[str, Any]:
-        job, train, options = self._job, self._train, self._job.layout.options
-        zero: dict[str, Any] = {
-            "stage": options["zero_stage"],
-            "reduce_bucket_size": _BUCKET,
-            "allgather_bucket_size": _BUCKET,
-            # Vectors are kept whole by every rank, matrices are not.
-            "stage3_param_persistence_threshold": 2 * job.model.hidden,
-            "offload_optimizer": self._offload(options["offload_optimizer"]),
-            "offload_param": self._offload(options["offload_parameters"]) | self._buffers(),
-            # What is fetched ahead is not counted among the buffers, and finds none left.
-            **({"stage3_prefetch_bucket_size": 0} if options["offload_parameters"] == "nvme" else {}),
-        }
-        return {
-            # Micro-batches are counted in train_step, which says which is the last: DeepSpeed would divide by their
-            # number, twice even without ZeRO where told not to.
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": train.clip_grad_norm if options["zero_stage"] else 0.0,
-            "zero_optimization": zero,
-            # torch's AdamW: DeepSpeed's own are compiled when they are first used.
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": train.precision == "bf16"},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
-        }
-
-    def _offload(self, place: str) -> dict[str, Any]:
-        return {
-            "device": place,
-            "nvme_path": self._job.layout.nvme_folder if place == "nvme" else None,
-            "pin_memory": self._device.type == "cuda",
-        }
-
-    def _buffers(self) -> dict[str, int]:
-        """Memory through which parameters come from NVMe: twice what the layer with the most has.
-
-        DeepSpeed's own five are too few for an MoE layer, whose experts it reads at once, and have 1e8 elements each.
-        """
-        layers = [list(layer.parameters()) for layer in self._decoder.layers.values()]
-        largest = max(parameter.numel() for parameter in self._decoder.parameters())
-        return {
-            "max_in_cpu": 0,
-            "buffer_count": 2 * max(map(len, layers)),
-            "buffer_size": -(-largest // self._layout.dp),
-        }
 
     def _of(self, parameter: Parameter, parts: Sequence[tuple[Index, str]]) -> Held:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))

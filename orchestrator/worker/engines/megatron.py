@@ -22,6 +22,7 @@ from models.sparse_experts import SparseExperts
 from models.weights import Shard, Source, drawn, fill
 from orchestrator.files import FileEntry, Hook, unhindered
 from orchestrator.worker.engines.cuda_stand_in import install, part_gradients_from_activations, repair_megatron
+from orchestrator.worker.engines.expert_loads import ExpertLoads
 from orchestrator.worker.engines.megatron_batches import LocalBatch, local_batch
 from orchestrator.worker.engines.megatron_checkpoint import count_padding, load_sharded, save_sharded
 from orchestrator.worker.engines.protocol import KEPT, Batch, StateSource, StepResult
@@ -43,6 +44,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from models.megatron_sparse import sharded_experts, share_experts
 from orchestrator.worker.engines.megatron_state import State
@@ -106,6 +108,14 @@ class MegatronEngine:
         fill(self._shards(), drawn(job.model, self._train.seed))
         modules = (module for model in self._models for module in model.modules())
         held = (module.experts for module in modules if isinstance(module, MoELayer))
+        routers = {
+            layer.layer_number - 1: layer.mlp.router
+            for model in self._models
+            for layer in model.modules()
+            if isinstance(layer, TransformerLayer) and isinstance(layer.mlp, MoELayer)
+        }
+        tokens = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        self._loads = ExpertLoads(routers, lambda routed: routed[1].sum(0), tokens)
         self._rows = RoutedRows(each.arrivals if isinstance(each, SparseExperts) else each for each in held)
         self._chunks = [self._distributed(config, model) for model in self._models]
         self._optimizer = get_megatron_optimizer(
@@ -143,6 +153,7 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         self._rows.take()
+        self._loads.begin_step(step)
         self._shared.begin_step()
         loss = self._run(batches, forward_only=False)
         for group in self._optimizer.param_groups:
@@ -154,7 +165,7 @@ class MegatronEngine:
         # One broadcast from the last rank, which is on the last stage: equal everywhere to the last bit.
         figures = torch.stack((loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=self._device)))
         dist.broadcast(figures, src=self._layout.world - 1)
-        return StepResult(*figures.tolist(), routed_rows=self._rows.take())
+        return StepResult(*figures.tolist(), self._rows.take(), self._loads.end_step())
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         for chunk in self._chunks:

@@ -46,6 +46,9 @@ class StepResult:
     """L2 norm of the whole gradient before clipping."""
     routed_rows: int | None = None
     """That this rank's experts computed in forward, what backward computes again counted again; None: no experts."""
+    expert_loads: dict[int, list[int]] | None = None
+    """By layer of a stage, from 0, the tokens of each expert over all ranks: of a step that is recorded, from one rank
+    of the stage."""
 
 
 class Engine(Protocol):

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.estimates.copies import copies_bytes, limits_of, shared
+from parallel.estimates.copies import assumed, copies_bytes, limits_of
 from parallel.estimates.costs import estimate_time
 from parallel.estimates.hardware import hardware
-from parallel.estimates.layers import LOADS
+from parallel.estimates.loads import LOADS
 from parallel.estimates.memory import estimate_memory
 from parallel.estimates.workload import Workload
 from parallel.fssdp import Limits
@@ -34,7 +34,7 @@ def routed(make_job, **changes):
     movable=st.integers(0, 8),
 )
 def test_copies_never_make_the_busiest_busier(ranks: int, each: int, load: float, slots: int, movable: int) -> None:
-    found = shared(ranks * each, ranks, load, Limits(slots, movable))
+    found = assumed(ranks * each, ranks, load, Limits(slots, movable))
     assert 1 - 1e-9 <= found.busiest <= max(load, 1.0) + 1e-6
     assert found.moved <= movable
     assert found.copies <= ranks * slots
@@ -44,8 +44,8 @@ def test_copies_never_make_the_busiest_busier(ranks: int, each: int, load: float
 
 @pytest.mark.parametrize("load", list(LOADS.values()))
 def test_with_memory_and_a_link_all_ranks_have_about_the_same(load: float) -> None:
-    assert shared(128, 8, load, Limits(4, 8)).busiest <= 1.05
-    assert shared(256, 64, load, Limits(4, 8)).busiest <= 1.1
+    assert assumed(128, 8, load, Limits(4, 8)).busiest <= 1.05
+    assert assumed(256, 64, load, Limits(4, 8)).busiest <= 1.1
 
 
 def test_even_routing_costs_at_most_two_percent_more_and_uneven_gains(make_job) -> None:
