@@ -77,10 +77,6 @@ class SparseExperts(nn.Module):
         self.chosen.copy_(even)
         self.history.fill_(-1)
 
-    def decide(self) -> None:
-        """What is copied in the iteration that begins. Alike on all ranks."""
-        self.placement = materialise(self.sharded, self.remembered().forecasts(), self.means.limits)
-
     def remembered(self) -> LoadHistory:
         loads = LoadHistory(self.experts)
         for iteration in self.history.tolist():
@@ -186,10 +182,15 @@ class Owned:
         """Layer and expert that lie in each of `places`."""
         self.settle()
 
-    def decide(self) -> None:
-        """What is copied in the iteration that begins."""
-        for layer in self.layers.values():
-            layer.decide()
+    def decision(self) -> Callable[[], list[Placement]]:
+        """What finds, of what is remembered now, which experts of each layer to copy. Alike on all ranks."""
+        asked = [(each.sharded, each.remembered(), each.means.limits) for each in self.layers.values()]
+        return lambda: [materialise(sharded, loads.forecasts(), limits) for sharded, loads, limits in asked]
+
+    def copy(self, placements: Sequence[Placement]) -> None:
+        """In the iteration that begins."""
+        for layer, placement in zip(self.layers.values(), placements, strict=True):
+            layer.placement = placement
 
     def remember(self, replicas: dist.ProcessGroup) -> None:
         """The loads of the iteration that ends. Collective over `replicas`, who own the same, and decide alike."""
@@ -242,7 +243,7 @@ class Owned:
     def settle(self) -> None:
         """Owners are as the layers' buffers say, which were overwritten."""
         for layer in self.layers.values():
-            layer.sharded = Placement.sharded(layer.owners.tolist(), layer.even.ranks)
+            layer.sharded = layer.placement = Placement.sharded(layer.owners.tolist(), layer.even.ranks)
         rank = next(iter(self.layers.values())).rank
         self.experts = [
             (number, expert) for number, layer in self.layers.items() for expert in layer.sharded.held_by(rank)

@@ -24,6 +24,7 @@ def plot_expert_loads(lines: Sequence[dict[str, Any]], path: Path | IO[bytes]) -
     last = [lines[-1]["loads"][layer] for layer in layers]
     shown = upper.imshow([_over_mean(loads) for loads in last], aspect="auto", cmap="viridis", vmin=0)
     upper.set_yticks(range(0, len(layers), max(1, len(layers) // 20)), layers[:: max(1, len(layers) // 20)])
+    upper.xaxis.get_major_locator().set_params(integer=True)
     upper.set_xlabel("expert")
     upper.set_ylabel("layer")
     upper.set_title(f"tokens of step {lines[-1]['step']:,}, over the mean of the layer", fontsize=10)
@@ -34,9 +35,8 @@ def plot_expert_loads(lines: Sequence[dict[str, Any]], path: Path | IO[bytes]) -
     lower.plot(steps, [sum(found) / len(found) for found in peaks], color=_LINE, label="mean of layers")
     known = [(line["step"], error) for line, error in zip(lines, errors(lines), strict=True) if error is not None]
     if known:
-        lower.plot(
-            *zip(*known, strict=True), color="#6b7280", linestyle=":", label="tokens that the past misplaces, share"
-        )
+        label = "share of tokens that the past misplaces"
+        lower.plot(*zip(*known, strict=True), color="#6b7280", linestyle=":", label=label)
     lower.set_xlabel("step")
     lower.set_ylabel("over the mean")
     lower.set_ylim(bottom=0)

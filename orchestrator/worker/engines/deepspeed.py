@@ -316,6 +316,7 @@ class DeepSpeedEngine:
 
     def _take_step(self) -> None:
         self.before_update()
+        self._shared.remember()
         self._engine._exec_optimizer_step() if self._pipeline else self._engine.step()
 
     def _gradient_norm(self) -> Tensor:

@@ -160,6 +160,7 @@ class MegatronEngine:
             group["lr"] = learning_rate * group["lr_mult"]
             group["weight_decay"] = self._train.weight_decay * group["wd_mult"]
         self.before_update()
+        self._shared.remember()
         _, grad_norm, _ = self._optimizer.step()
         self._shared.end_step(step)
         # One broadcast from the last rank, which is on the last stage: equal everywhere to the last bit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from parallel.collectives import Lane
 from parallel.fssdp import Means
 from parallel.fssdp_means import means_of
 from parallel.layout import Layout
+from parallel.placement import Placement
 from parallel.process_groups import new_group
 
 RESHARDING_STEPS = 100
@@ -48,19 +50,34 @@ class SharedExperts:
         """owned: of each virtual stage. `replicas` hold the same experts' copies for other tokens."""
         self.owned = [each for each in owned if each is not None]
         self._group, self._replicas, self._state = group, replicas, state
+        self._thread = ThreadPoolExecutor(1, "copies") if self.owned else None
+        self._deciding: Future[list[list[Placement]]] | None = None
 
     def begin_step(self) -> None:
+        """Copies are what the last step led to."""
+        if self._deciding is None:
+            decided = [owned.decision()() for owned in self.owned]
+        else:
+            decided, self._deciding = self._deciding.result(), None
+        for owned, placements in zip(self.owned, decided, strict=True):
+            owned.copy(placements)
+
+    def remember(self) -> None:
+        """The step's loads, which are known; what to copy next is found while its update is made. Collective."""
+        if self._thread is None:
+            return
         for owned in self.owned:
-            owned.decide()
+            owned.remember(self._replicas)
+        asked = [owned.decision() for owned in self.owned]
+        self._deciding = self._thread.submit(lambda: [decide() for decide in asked])
 
     def end_step(self, step: int) -> None:
         """Collective."""
-        for owned in self.owned:
-            owned.remember(self._replicas)
-            if step % RESHARDING_STEPS == 0:
-                owned.choose()
         if step % RESHARDING_STEPS == 0:
+            for owned in self.owned:
+                owned.choose()
             self.go_to_owners()
+            self._deciding = None
 
     @contextmanager
     def as_expert_parallel(self) -> Iterator[None]:
@@ -72,6 +89,7 @@ class SharedExperts:
 
     def forget_owners(self) -> None:
         """Experts lie evenly from here on, and what is in their places is to be overwritten."""
+        self._deciding = None
         for owned in self.owned:
             owned.own(owned.even_owners())
 
@@ -89,6 +107,7 @@ class SharedExperts:
 
     def restored(self) -> None:
         """All tensors were overwritten by what they were after another step."""
+        self._deciding = None
         for owned in self.owned:
             owned.settle()
 
