@@ -5,8 +5,8 @@
 Of one MoE layer, forward and backward, on the busiest rank: attention, the all-to-alls, the experts. Beside plain
 expert parallelism and FSSDP stands rearrangement: experts change owners every fifty steps, equally many a rank, and
 are never copied. Loads are Zipf-distributed and wander: each expert's by 5% a step, with a twentieth of the way back.
-What decides is what trains (`parallel.fssdp`, `parallel.fssdp_sharding`); times are `parallel.estimates`', of the H200's
-profile. Beyond as many ranks as there are experts, groups are replicas of one another.
+What decides is what trains (`parallel.fssdp`, `parallel.fssdp_sharding`); times are `parallel.estimates`', of the
+H200's profile. Beyond as many ranks as there are experts, groups are replicas of one another.
 """
 
 from __future__ import annotations
