@@ -5,22 +5,15 @@ SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test whole-runs parts test-slow exact exact-kernels exact-random fuzz-checkpoints lint validate-planner bench-planner simulate-sharing chaos bench-faults bench-faults-gpu bench-snapshot bench-watching bench-gpu wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-kernels exact-random fuzz-checkpoints lint validate-planner bench-planner simulate-sharing chaos bench-faults bench-faults-gpu bench-snapshot bench-watching bench-gpu wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
 	$(BIN)/fivefold run quickstart layout.tp=2 layout.ep=2 fault.kill_rank=3 fault.at_step=50
 
-# Two halves side by side: in the first, whole runs, ranks wait for one another more than they compute.
 test: lint
-	@$(MAKE) --no-print-directory -j2 --output-sync=target whole-runs parts
-
-whole-runs: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/e2e tests/exactness
-
-parts: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/kernels
-	$(BIN)/python -m pytest --ignore tests/e2e --ignore tests/exactness
+	$(BIN)/python -m pytest
 
 # Longer suites, run before a release.
 test-slow: $(VENV)/.ready

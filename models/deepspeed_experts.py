@@ -123,7 +123,7 @@ class FullyShardedExperts(DeepSpeedMoE):
     def forward(self, hidden: Tensor, routing: Routing) -> Tensor:
         """As `ParallelExperts`."""
         chosen, weights = _spread(routing, self.num_experts)
-        out: Tensor = self.sparse(hidden.flatten(0, 1), chosen, weights)
+        out: Tensor = self.sparse(self.sparse.depart(hidden.flatten(0, 1), chosen, weights))
         return out.view_as(hidden)
 
 

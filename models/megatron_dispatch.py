@@ -8,6 +8,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch import Tensor, nn
 
 from kernels.permute import Order, combine, order_by_expert, permute, permute_weights
+from parallel.collectives import Way
 
 
 def dispatch_in_order(model: nn.Module) -> None:
@@ -26,6 +27,22 @@ def dispatch_in_order(model: nn.Module) -> None:
             module.token_dispatcher = OrderedDispatcher(
                 module.num_local_experts, module.local_expert_indices, module.config, groups
             )
+
+
+class Mixture(MoELayer):
+    """Megatron's, whose shared experts compute while tokens are on their way to the others, forward and backward."""
+
+    def shared_experts_compute(self, hidden_states: Tensor) -> None:
+        self._hidden = hidden_states
+
+    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        under_way = super().dispatch(hidden_states, probs)
+        self._shared = super().shared_experts_compute(self._hidden)
+        return under_way
+
+    def postprocess(self, output: Tensor, shared_expert_output: None) -> Tensor:
+        shared, self._shared, self._hidden = self._shared, None, None
+        return super().postprocess(output, shared)
 
 
 class LocalDispatcher(MoETokenDispatcher):
@@ -66,6 +83,20 @@ class OrderedDispatcher(MoEAlltoAllTokenDispatcher):
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
         self._order = order_by_expert(routing_map, self.config.moe_router_topk)
         return permute(hidden_states.flatten(0, -2), self._order), permute_weights(probs, self._order)
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and weights set out; the next step has them there."""
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
+        self._ways = []
+        for each in (hidden_states, probs):
+            way = Way(self.input_splits, self.output_splits, self.ep_group)
+            way.depart(each)
+            self._ways.append(way)
+        return hidden_states, probs
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ways, self._ways = self._ways, []
+        return super().dispatch_postprocess(*(way.arrive() for way in ways))
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         return combine(permutated_local_input_tokens, self._order).view(self.hidden_shape)

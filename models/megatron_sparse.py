@@ -22,7 +22,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from jobs.architecture import ModelArchitecture
-from models.sparse_experts import Owned, SparseExperts
+from models.sparse_experts import Away, Owned, SparseExperts
 from parallel.collectives import Lane
 from parallel.fssdp import Means
 
@@ -50,8 +50,8 @@ class FullyShardedExperts(SparseExperts):
         super().__init__(model, gate_up, down, lane, pg_collection.ep, means)
         self.config, self._replicas = config, pg_collection.expt_dp
 
-    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> tuple[Tensor, None]:
-        return super().forward(hidden, chosen, weights), None
+    def forward(self, away: Away, chosen: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+        return super().forward(away), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
@@ -102,17 +102,21 @@ def expert_factory(
     return ShardedTensorFactory(key, tensor, build, merge, (0, 0, replica))
 
 
-class UndispatchedTokens(MoETokenDispatcher):
-    """Leaves tokens where they are."""
+class SparseDispatcher(MoETokenDispatcher):
+    """Has experts send their tokens themselves."""
+
+    def __init__(self, experts: SparseExperts, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+        super().__init__(config, groups)
+        self._experts = experts
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         self._shape, self._chosen = hidden_states.shape, routing_map
         return hidden_states.flatten(0, -2), probs
 
-    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden_states, probs
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Away, Tensor]:
+        return self._experts.depart(hidden_states, self._chosen, probs), probs
 
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def dispatch_postprocess(self, hidden_states: Away, probs: Tensor) -> tuple[Away, Tensor, Tensor]:
         return hidden_states, self._chosen, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
@@ -136,7 +140,8 @@ def share_experts(model: nn.Module) -> Owned | None:
     for layer in model.modules():
         if isinstance(layer, TransformerLayer) and isinstance(layer.mlp, MoELayer):
             mixture = layer.mlp
-            mixture.token_dispatcher = UndispatchedTokens(mixture.config, get_default_pg_collection())
+            groups = get_default_pg_collection()
+            mixture.token_dispatcher = SparseDispatcher(mixture.experts, mixture.config, groups)
             layers[layer.layer_number - 1] = mixture.experts
             if not mixture.moe_layer_recompute:  # which is to have its copies where it is computed again
                 layer.register_forward_pre_hook(partial(_send_first, mixture.experts), with_kwargs=True)

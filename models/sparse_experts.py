@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,20 @@ from torch import Tensor, nn
 
 from jobs.architecture import ModelArchitecture
 from kernels.permute import order_by_expert
-from models.sparse_trips import Trip
+from models.sparse_trips import Trip, Ways
 from parallel.collectives import Lane, Spread, spreads
 from parallel.fssdp import WINDOW, LoadHistory, Means, calibrate, materialise
 from parallel.fssdp_sharding import reshard
 from parallel.placement import Placement
 from parallel.replicas import Replicas, is_backward
+
+
+class Away(NamedTuple):
+    """Tokens on their way to experts."""
+
+    trip: Trip
+    ways: Ways
+    replicas: list[Replicas]
 
 
 class SparseExperts(nn.Module):
@@ -90,7 +98,7 @@ class SparseExperts(nn.Module):
         return loads
 
     def send_for_copies(self, hidden: Tensor) -> Tensor:
-        """Before the layer's attention; `forward` does it otherwise. Gives `hidden` itself."""
+        """Before the layer's attention; `depart` does it otherwise. Gives `hidden` itself."""
         is_first_pass = torch.is_grad_enabled() and not is_backward()
         below = self.last_below() if is_first_pass else None
         self._copied = self._copies(spreads(self.sharded, self.placement), below)
@@ -98,10 +106,8 @@ class SparseExperts(nn.Module):
         self.last = self._copied if is_first_pass else None
         return hidden if self._copied is None else self._copied.begin(hidden)
 
-    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Hidden states [tokens, hidden], who is chosen (bool) and routers' weights, both [tokens, experts].
-
-        Gives the weighted sum of what each token's experts make of it, [tokens, hidden].
+    def depart(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Away:
+        """Hidden states [tokens, hidden], who is chosen (bool) and routers' weights, both [tokens, experts], set out.
 
         Forward and backward: each an all-to-all of the tokens' copies there and one back, but for those that stay; and,
         forward, an all-gather of as many counts as there are experts and an all-to-all of counts.
@@ -124,9 +130,13 @@ class SparseExperts(nn.Module):
             assert extra is not None
             hidden, placement = extra.begin(hidden), further
             replicas.append(extra)
-
         trip = Trip.of(placement, self.means.topology, tokens, order, self.rank, self._group)
-        rows, of_rows = trip.there(hidden, weights)
+        return Away(trip, trip.depart(hidden, weights), replicas)
+
+    def forward(self, away: Away) -> Tensor:
+        """The weighted sum of what each token's experts make of it, [tokens, hidden]."""
+        trip, ways, replicas = away
+        rows, of_rows = (way.arrive() for way in ways)
         rows = self.arrivals(rows)
         stacks = [self._own_stacks()]
         for each in replicas:

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from kernels.experts import expert_mlp
 from kernels.permute import Order, combine, permute, permute_weights
-from parallel.collectives import exchange_rows
+from parallel.collectives import Way, exchange_rows
 from parallel.fssdp_dispatch import Topology, destinations
 from parallel.placement import Placement
+
+Ways = tuple[Way, Way]
+"""Of rows, and of their routers' weights: there they lie by the rank that they come from, then by expert."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,12 @@ class Trip:
             sent[receiver] += number
         return cls(placement, rank, group, _reordered(order, runs), sent, list(map(sum, counts)), counts)
 
-    def there(self, hidden: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and their routers' weights, by the rank that they come from, then by expert."""
-        rows = exchange_rows(permute(hidden, self.order), self.sent, self.received, self.group)
-        return rows, exchange_rows(permute_weights(weights, self.order), self.sent, self.received, self.group)
+    def depart(self, hidden: Tensor, weights: Tensor) -> Ways:
+        """Tokens [tokens, hidden] and routers' weights [tokens, experts] set out."""
+        ways = Way(self.sent, self.received, self.group), Way(self.sent, self.received, self.group)
+        ways[0].depart(permute(hidden, self.order))
+        ways[1].depart(permute_weights(weights, self.order))
+        return ways
 
     def computed(self, rows: Tensor, weights: Tensor, stacks: Sequence[tuple[Any, ...]]) -> Tensor:
         """What the experts make of rows, which stay where they are. Of each stack: its experts, gate_up and down."""

@@ -13,32 +13,74 @@ from torch import Tensor
 from parallel.placement import Placement
 
 
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchange(rows, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
-
-
-def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group)
-    return out
-
-
-def exchange_rows(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Give each rank of `group` its rows: the first `sent[0]` to rank 0, and so on; get `received[i]` from rank i.
 
     rows [sum(sent), ...] -> [sum(received), ...], in the order of the ranks they come from.
     Forward: an all-to-all of the rows as they are, nothing padded; a rank sends all but its own part.
     Backward: the same all-to-all of the gradients, the other way.
     """
-    out: Tensor = _ExchangeRows.apply(rows, sent, received, group)
-    return out
+    way = Way(sent, received, group)
+    way.depart(rows)
+    return way.arrive()
+
+
+class Way:
+    """`exchange_rows` in two halves: what is computed between them, forward, hides it, and backward hides the way back.
+
+    Forward runs `depart`, other work, `arrive`; backward, which takes what was computed last first, the gradient of
+    `arrive`, that of the other work, that of `depart`.
+    """
+
+    def __init__(self, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> None:
+        self._sent, self._received, self._group = list(map(int, sent)), list(map(int, received)), group
+
+    def depart(self, rows: Tensor) -> None:
+        self._token: Tensor = _Depart.apply(rows, self)
+
+    def arrive(self) -> Tensor:
+        """What the others sent."""
+        token = self._token
+        del self._token  # whose graph knows this way: else nothing of both would go before the next collection
+        out: Tensor = _Arrive.apply(token, self)
+        return out
+
+    def _send(self, rows: Tensor, *, back: bool) -> None:
+        sent, received = (self._received, self._sent) if back else (self._sent, self._received)
+        self._rows = rows.new_empty(sum(received), *rows.shape[1:])
+        self._work = dist.all_to_all_single(self._rows, rows.contiguous(), received, sent, self._group, async_op=True)
+
+    def _come(self) -> Tensor:
+        self._work.wait()
+        rows = self._rows
+        del self._work, self._rows
+        return rows
+
+
+class _Depart(torch.autograd.Function):
+    """Gives a token, by which autograd knows the way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        way._send(rows, back=False)
+        return rows.new_zeros(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.way._come(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return way._come()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.way._send(gradient, back=True)
+        return gradient.new_zeros(0), None
 
 
 class Spread(NamedTuple):

@@ -58,7 +58,9 @@ class Replicas:
 
     def enter(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Gives `rows`, and the stacks of copies as backward is to see them."""
-        found: tuple[Tensor, ...] = _Enter.apply(rows, self._token, self)
+        token = self._token
+        del self._token  # whose graph knows these replicas: else they would stay until the next collection
+        found: tuple[Tensor, ...] = _Enter.apply(rows, token, self)
         return found
 
     def leave(self, out: Tensor) -> Tensor:
