@@ -30,6 +30,27 @@ def means_of(job: JobSpec) -> Means:
     return Means(topology, limits, token_seconds(workload, device), wire_of(workload, device))
 
 
+def unshared(job: JobSpec) -> str | None:
+    """Why no expert is ever copied by a job that asks for it, with the numbers; None where some can be."""
+    layout = Layout.of(job.layout)
+    if not job.model.is_moe or job.layout.expert_parallelism != "fssdp" or layout.ep == 1:
+        return None
+    means = means_of(job)
+    if means.wire is None or min(means.limits.slots, means.limits.movable) > 0:
+        return None
+    each = means.wire.expert_bytes
+    if means.limits.slots == 0:
+        reason = f"copies of an expert of {each / 1e6:,.1f} MB for two layers are more than 4% of a device's memory"
+    else:
+        device = hardware(job.cluster.hardware, job.cluster.devices_per_node)
+        window = window_seconds(Workload.of(job, layout, job.layout.micro_batch or 1), device)
+        reason = (
+            f"an expert of {each / 1e6:,.1f} MB takes {means.wire.seconds(1) * 1e3:,.2f} ms over the link, and "
+            f"attention, which hides it, {window * 1e3:,.2f} ms"
+        )
+    return f"layout.expert_parallelism=fssdp: no expert is copied, and ranks wait as with ep: {reason}"
+
+
 def window_seconds(workload: Workload, device: Hardware) -> float:
     """Forward of a layer's attention on one rank, behind which its experts' copies come."""
     network, ours = Network(device, workload.devices_per_node), software(workload.software)

@@ -15,6 +15,7 @@ from jobs.spec import JobSpec
 from orchestrator.control import calibrated, picture, plan_tables, session
 from orchestrator.control.measured import Store
 from parallel.estimates.hardware import Hardware
+from parallel.fssdp_means import unshared
 from parallel.planning import planner
 from parallel.planning.budget import Budget
 from parallel.planning.deepspeed_config import deepspeed_config, outside_the_config
@@ -61,6 +62,7 @@ def answer(name: str, overrides: Sequence[str], asked: Questions, root: str) -> 
     planning = planner.plan_job(job, device) if store is None else calibrated.plan(job, store)
     session.with_weights(job, here=False)
     best = planning.plans[0]
+    announce_unshared(planner.resolve(job, best))
     document["measured"] = len(store.rows) if store else 0
     document |= _ranked(job, planning, asked.top, budget)
     if asked.format is not None:
@@ -86,6 +88,13 @@ def announce(device: Hardware) -> None:
     """Say loudly, where it is so, that the profile is another device's."""
     if device.notice:
         print(f"fivefold: {device.notice}", file=sys.stderr)
+
+
+def announce_unshared(job: JobSpec) -> None:
+    """Say where a job with every degree given asks for shared experts and will have none."""
+    reason = unshared(job)
+    if reason:
+        print(f"fivefold: {reason}", file=sys.stderr)
 
 
 def _check(job: JobSpec, asked: Questions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 
 from parallel.estimates.copies import assumed, copies_bytes, limits_of
 from parallel.estimates.costs import estimate_time
-from parallel.estimates.hardware import hardware
+from parallel.estimates.hardware import hardware, shipped_text
 from parallel.estimates.loads import LOADS
 from parallel.estimates.memory import estimate_memory
 from parallel.estimates.workload import Workload
 from parallel.fssdp import Limits
+from parallel.fssdp_means import unshared
 from parallel.layout import Layout
 from parallel.planning.explanation import explain
 from parallel.planning.planner import device_of, plan_job
@@ -86,3 +88,28 @@ def test_a_plan_decides_whether_experts_are_shared_and_says_what_the_other_would
     assert turned[0].plan is not None
     assert turned[0].seconds_gained < 0
     assert plan_job(make_job("qwen3_30b_a3b", "h200_x8")).plans[0].options["expert_parallelism"] == "ep"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        (
+            "fast_link",
+            [1e-5, 1e6],
+            "an expert of 9.4 MB takes 9,437.19 ms over the link, and attention, ",
+        ),
+        ("memory_bytes", 4e8, "copies of an expert of 9.4 MB for two layers are more than 4% of a device's memory"),
+    ],
+)
+def test_what_leaves_no_expert_to_be_copied_is_said(make_job, tmp_path, field: str, value: object, says: str) -> None:
+    fixed = {"dp": 8, "ep": 8, "tp": 1, "pp": 1, "cp": 1, "vpp": 1, "etp": 1, "micro_batch": 1}
+    shipped = make_job("qwen3_30b_a3b", "h200_x8", fixed | {"expert_parallelism": "fssdp"})
+    assert unshared(shipped) is None
+    profile = json.loads(shipped_text("h200"))
+    profile[field]["value"] = value
+    path = tmp_path / "slow.json"
+    path.write_text(json.dumps(profile))
+    slow = shipped.model_copy(update={"cluster": shipped.cluster.model_copy(update={"hardware": str(path)})})
+    assert says in unshared(slow)
+    plain = slow.model_copy(update={"layout": slow.layout.model_copy(update={"expert_parallelism": "ep"})})
+    assert unshared(plain) is None
