@@ -32,17 +32,26 @@ def dispatch_in_order(model: nn.Module) -> None:
 class Mixture(MoELayer):
     """Megatron's, whose shared experts compute while tokens are on their way to the others, forward and backward."""
 
-    def shared_experts_compute(self, hidden_states: Tensor) -> None:
+    def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
+        if not isinstance(self.token_dispatcher, DepartingDispatcher):
+            return super().shared_experts_compute(hidden_states)
         self._hidden = hidden_states
+        return None
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         under_way = super().dispatch(hidden_states, probs)
-        self._shared = super().shared_experts_compute(self._hidden)
+        if isinstance(self.token_dispatcher, DepartingDispatcher):
+            self._shared = super().shared_experts_compute(self._hidden)
         return under_way
 
-    def postprocess(self, output: Tensor, shared_expert_output: None) -> Tensor:
-        shared, self._shared, self._hidden = self._shared, None, None
-        return super().postprocess(output, shared)
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        if isinstance(self.token_dispatcher, DepartingDispatcher):
+            shared_expert_output, self._shared, self._hidden = self._shared, None, None
+        return super().postprocess(output, shared_expert_output)
+
+
+class DepartingDispatcher(MoETokenDispatcher):
+    """One whose tokens are under way between `token_dispatch` and `dispatch_postprocess`."""
 
 
 class LocalDispatcher(MoETokenDispatcher):
@@ -72,7 +81,7 @@ class LocalDispatcher(MoETokenDispatcher):
         return hidden_states.view(self._shape)
 
 
-class OrderedDispatcher(MoEAlltoAllTokenDispatcher):
+class OrderedDispatcher(MoEAlltoAllTokenDispatcher, DepartingDispatcher):
     """Megatron's all-to-alls, between permutations of `kernels.permute`."""
 
     _order: Order

@@ -14,7 +14,6 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -22,6 +21,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from jobs.architecture import ModelArchitecture
+from models.megatron_dispatch import DepartingDispatcher
 from models.sparse_experts import Away, Owned, SparseExperts
 from parallel.collectives import Lane
 from parallel.fssdp import Means
@@ -102,7 +102,7 @@ def expert_factory(
     return ShardedTensorFactory(key, tensor, build, merge, (0, 0, replica))
 
 
-class SparseDispatcher(MoETokenDispatcher):
+class SparseDispatcher(DepartingDispatcher):
     """Has experts send their tokens themselves."""
 
     def __init__(self, experts: SparseExperts, config: TransformerConfig, groups: ProcessGroupCollection) -> None:

@@ -48,7 +48,7 @@ def step_report(step: int, rank: int = 0, attempt: int = 1, **changes: Any) -> S
 
 def metrics_line(step: int, attempt: int = 1, **changes: Any) -> dict[str, Any]:
     line = step_report(step, attempt=attempt).model_dump(
-        exclude={"type", "rank", "validation_loss", "waited_seconds", "routed_rows"}
+        exclude={"type", "rank", "validation_loss", "waited_seconds", "routed_rows", "expert_loads"}
     )
     return line | {"tokens_per_second": 4096.0} | changes
 
