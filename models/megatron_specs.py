@@ -52,7 +52,7 @@ with uncompiled():
     )
 
     from models import megatron_fusions
-    from models.megatron_dispatch import Mixture, dispatch_in_order
+    from models.megatron_dispatch import dispatch_in_order
     from models.megatron_experts import GroupedExperts
     from models.megatron_moe import Router
 
@@ -231,7 +231,6 @@ def _layer_spec(
 ) -> ModuleSpec:
     mlp = get_mlp_module_spec_for_backend(provider, num_experts=model.experts if is_moe else None)
     if is_moe:
-        mlp.module = Mixture
         mlp.submodules.router = partial(Router, model)
         mlp.submodules.experts = experts or mlp.submodules.experts
     head_norm = provider.layer_norm(for_qk=True) if model.qk_norm else None
