@@ -119,6 +119,13 @@ class LayoutSpec(Spec):
     offload_parameters: Literal["none", "cpu", "nvme"] | None = Field(
         None, description="where weights are; null plans none or cpu"
     )
+    offload_activations: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of tokens whose activations go to host memory until backward, which computes the others "
+        "again; null: all stay",
+    )
     nvme_folder: str | None = Field(None, description="where nvme offload keeps its files, on every node")
 
     context_attention: Literal["gather", "ring", "ulysses"] | None = Field(

@@ -20,6 +20,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from models.megatron_attention import GATHER, RING, CausalAttention, rotate_as_called
 from models.uncompiled import uncompiled
 from parallel.layout import Layout
+from parallel.offload import Swap
 
 # Said by Megatron and, about Megatron, by torch, of things that are meant to be as they are.
 for _message, _category in (
@@ -55,6 +56,7 @@ with uncompiled():
     from models.megatron_dispatch import dispatch_in_order
     from models.megatron_experts import GroupedExperts
     from models.megatron_moe import Router
+    from models.megatron_swap import swapped_forward
 
 
 class RMSNorm(torch.nn.Module):
@@ -80,6 +82,14 @@ class RMSNorm(torch.nn.Module):
 
 class Layer(TransformerLayer):
     """Megatron's, where what attention gives is added to the residual stream and normed in one pass."""
+
+    swap: Swap | None = None
+    """What keeps activations for backward, where autograd does not."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any) -> Any:
+        if self.swap is None or not torch.is_grad_enabled():
+            return super().forward(hidden_states, attention_mask, **others)
+        return swapped_forward(self, self.swap, hidden_states, attention_mask, others["rotary_pos_emb"]), None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

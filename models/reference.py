@@ -93,17 +93,17 @@ class Attention(nn.Module):
         self._head_dim, self._theta = model.head_dim, model.rope_theta
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
-        query = self._rotated(self.query_norm(self._heads(self.query(hidden))), context)
-        key = self._rotated(self.key_norm(self._heads(self.key(hidden))), context)
-        value = self._heads(self.value(hidden)).transpose(1, 2)
-        mixed = self.core(query, key, value, context.documents)
+        mixed = self.core(*self.projected(hidden, context.positions), context.documents)
         return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def projected(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [batch, heads, sequence, head_dim], key and value."""
+        query = self.rotate(self.query_norm(self._heads(self.query(hidden))).transpose(1, 2), positions, self._theta)
+        key = self.rotate(self.key_norm(self._heads(self.key(hidden))).transpose(1, 2), positions, self._theta)
+        return query, key, self._heads(self.value(hidden)).transpose(1, 2)
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self._head_dim))
-
-    def _rotated(self, heads: Tensor, context: Context) -> Tensor:
-        return self.rotate(heads.transpose(1, 2), context.positions, self._theta)
 
 
 class SwiGLU(nn.Module):
@@ -236,11 +236,15 @@ class MoE(nn.Module):
 
     def forward(self, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         routing = self.router(hidden, context.dispatch_groups)
+        return self.mixed(hidden, routing), routing.auxiliary
+
+    def mixed(self, hidden: Tensor, routing: Routing) -> Tensor:
+        """What the experts make of tokens that are routed."""
         out = self.experts(hidden, routing)
-        if self.shared is not None:
-            shared = self.shared(hidden)
-            out = out + (shared if self.shared_gate is None else self.shared_gate(hidden).sigmoid() * shared)
-        return out, routing.auxiliary
+        if self.shared is None:
+            return out
+        shared = self.shared(hidden)
+        return out + (shared if self.shared_gate is None else self.shared_gate(hidden).sigmoid() * shared)
 
 
 class Layer(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jobs.tensors import Shape
-from models.reference import Attention, MoE, RMSNorm, Routing, SwiGLU
+from models.reference import Layer, MoE, RMSNorm, Routing, SwiGLU
 from models.weights import Shard
 from parallel.sums import sum_gradients, sum_parts
 
@@ -57,9 +57,11 @@ def split_tensors(decoder: nn.Module, group: dist.ProcessGroup) -> None:
             parameter.data = parameter.data.chunk(degree, dim)[index].contiguous()
     for name, module in list(decoder.named_modules()):
         match module:
-            case Attention():
-                _divide(module, module.output, group)
-                for norm in (module.query_norm, module.key_norm):
+            case Layer():
+                # Behind the norm, not before attention, whose parts may be computed apart (deepspeed_swap.py).
+                module.attention_norm.register_forward_hook(lambda norm, inputs, normed: sum_gradients(normed, group))
+                module.attention.output.register_forward_hook(lambda linear, inputs, part: sum_parts(part, group))
+                for norm in (module.attention.query_norm, module.attention.key_norm):
                     if isinstance(norm, RMSNorm):
                         norm.forward = _OfEveryHead(norm, group)
             case MoE():

@@ -92,6 +92,10 @@ def _nothing_to_recompute(job: JobSpec) -> str | None:
     return None
 
 
+def _swaps(job: JobSpec) -> bool:
+    return job.layout.offload_activations is not None
+
+
 def _no_offload(field: str, what: str) -> Callable[[JobSpec], str | None]:
     return when(
         lambda job: getattr(job.layout, field) not in (None, "none"), f"the megatron engine keeps {what} on the device"
@@ -165,6 +169,40 @@ JOB_RULES = (
             "fssdp spreads tokens where an expert has too many, and model.capacity_factor drops them",
         ),
         nearest="ep",
+    ),
+    JobRule(
+        "layout.recompute",
+        BOTH,
+        when(
+            lambda job: _swaps(job) and job.layout.recompute not in (None, "none"),
+            "layout.offload_activations computes again the tokens that do not go to the host, and only those",
+        ),
+        nearest="none",
+    ),
+    JobRule(
+        "layout.offload_activations",
+        BOTH,
+        when(
+            lambda job: _swaps(job) and _moe(job) and bool(job.model.capacity_factor),
+            "tokens come to experts in two parts, and model.capacity_factor counts them at once",
+        ),
+    ),
+    JobRule(
+        "layout.offload_activations",
+        BOTH,
+        when(
+            lambda job: _swaps(job) and _shared(job), "copies of experts (fssdp) are there for one part of the tokens"
+        ),
+    ),
+    JobRule(
+        "layout.dispatcher",
+        MEGATRON,
+        when(
+            lambda job: _swaps(job) and _moe(job) and job.layout.dispatcher != "alltoall",
+            "with layout.offload_activations tokens come to experts in two parts, and other dispatchers than alltoall "
+            "give both parts' gradients in one buffer",
+        ),
+        nearest="alltoall",
     ),
     JobRule("layout.recompute_modules", MEGATRON, _nothing_to_recompute, nearest=("core_attn",)),
     JobRule(

@@ -71,6 +71,14 @@ JOB_RULES = (
         ),
         nearest=1,
     ),
+    JobRule(
+        "layout.offload_activations",
+        DEEPSPEED,
+        when(
+            lambda job: job.layout.offload_activations is not None and job.layout.zero_stage == 3,
+            "ZeRO-3 gathers weights for modules that are called whole, and here tokens are computed in two parts",
+        ),
+    ),
     JobRule("layout.offload_optimizer", DEEPSPEED, _optimizer_state_stays, nearest="none"),
     JobRule("layout.offload_parameters", DEEPSPEED, _weights_stay, nearest="none"),
     JobRule("layout.offload_parameters", DEEPSPEED, _weights_of_32_bits, nearest="cpu"),

@@ -18,7 +18,6 @@ import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from orchestrator.messages import RankLaunch
 from orchestrator.snapshot_memory import NOTHING, PLACES, UNSUMMED, Header, headers, room, size_for, start, write_header
 from orchestrator.worker.engines.protocol import Engine
+from orchestrator.worker.host_memory import available_bytes
 from orchestrator.worker.reporter import Reporter
 
 _COPIED_BYTES = 1 << 25
@@ -238,7 +238,7 @@ class Snapshots:
         ranks = min(self._launch.job.cluster.devices_per_node, dist.get_world_size())
         each = 2 if self._launch.job.cluster.nodes > 1 else 1  # a node keeps another's too
         wanted = PLACES * length * ranks * each
-        free = _available_bytes() + os.fstat(self._descriptor).st_size * ranks * each
+        free = available_bytes() + os.fstat(self._descriptor).st_size * ranks * each
         if wanted <= _SHARE_OF_MEMORY * free:
             return True
         if self._launch.local_rank == 0:
@@ -342,14 +342,3 @@ def _length(state: Sequence[torch.Tensor]) -> int:
 
 def _aligned(tensor: torch.Tensor) -> int:
     return -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
-
-
-def _available_bytes() -> int:
-    """Of this machine, or of the container that this is, where that has less."""
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    available = int(line.split()[1]) * 1024
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:  # no container, or an older kernel's
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used))

@@ -48,6 +48,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "optimizer_replicas": ({"optimizer_replicas": 2},),
     "offload_optimizer": ({"offload_optimizer": "cpu"},),
     "offload_parameters": ({"offload_parameters": "cpu", "zero_stage": 3},),
+    "offload_activations": ({"offload_activations": 0.0}, {"offload_activations": 0.5}),
     "drop": ({"drop": "probs"}, {"drop": "position"}),
     "packed": ({"packed": True},),
 }
@@ -94,6 +95,8 @@ class Case:
             if options[field] != SIMPLEST[field]:
                 found.add(f"{field}={options[field]}")
         found.update(field for field in ("offload_optimizer", "offload_parameters") if options[field] != "none")
+        if self.layout.offload_activations is not None:
+            found.add(f"offload_activations={self.layout.offload_activations:g}")
         if self.layout.expert_parallelism == "fssdp":
             found.add("fssdp")
         if options["recompute"] == "full":

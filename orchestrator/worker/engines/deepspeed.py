@@ -55,6 +55,7 @@ from models.deepspeed_experts import (
     shard_experts,
 )
 from models.deepspeed_fusions import install
+from models.deepspeed_swap import swap_layers
 from models.tensor_parallel import block, split_dim, split_tensors
 from models.ulysses import split_sequence
 from orchestrator.worker.engines.deepspeed_checkpoint import Held, load, save
@@ -63,6 +64,7 @@ from orchestrator.worker.engines.deepspeed_model import MicroBatch, WholeModel
 from orchestrator.worker.engines.deepspeed_pipeline import Pipeline
 from orchestrator.worker.engines.deepspeed_settings import settings
 from orchestrator.worker.engines.deepspeed_state import State
+from orchestrator.worker.engines.swapping import swapping
 
 # It would run compilers and query GPUs to know what it could compile, and on a CPU then compile an all-reduce.
 deepspeed.ops.__compatible_ops__ = {}
@@ -252,6 +254,9 @@ class DeepSpeedEngine:
         # ZeRO-3 gathers what it calls a leaf at once, whichever experts are visited, and looks for tensors in its
         # output alone, not in what its parts hand one another.
         set_z3_leaf_modules(decoder, [MoE], raise_if_not_found=False)
+        swap = swapping(job, self._device)
+        if swap is not None:
+            swap_layers(decoder, swap)
         if job.layout.recompute == "full":
             for layer in decoder.layers.values():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from jobs.errors import InputError
 from jobs.spec import JobSpec
 from models.megatron_shards import megatron_shards
-from models.megatron_specs import build_model, transformer_config
+from models.megatron_specs import Layer, build_model, transformer_config
 from models.sparse_experts import SparseExperts
 from models.weights import Shard, Source, drawn, fill
 from orchestrator.files import FileEntry, Hook, unhindered
@@ -29,6 +29,7 @@ from orchestrator.worker.engines.protocol import KEPT, Batch, StateSource, StepR
 from orchestrator.worker.engines.routed_rows import RoutedRows
 from orchestrator.worker.engines.shared_experts import SharedExperts, sharing
 from orchestrator.worker.engines.state_tensors import each_once, nothing, tensors_of
+from orchestrator.worker.engines.swapping import swapping
 from parallel.layout import Layout
 
 # isort: split
@@ -106,6 +107,10 @@ class MegatronEngine:
         ]
         owned = [share_experts(model) for model in self._models] if shared else []
         fill(self._shards(), drawn(job.model, self._train.seed))
+        self._swap = swapping(job, device)
+        for layer in (module for model in self._models for module in model.modules()):
+            if isinstance(layer, Layer):
+                layer.swap = self._swap
         modules = (module for model in self._models for module in model.modules())
         held = (module.experts for module in modules if isinstance(module, MoELayer))
         routers = {

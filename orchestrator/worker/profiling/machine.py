@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from orchestrator.worker.host_memory import available_bytes
+
 _DRIVERS = (Path("/sys/module/nvidia/version"), Path("/proc/driver/nvidia/version"))
 
 
@@ -24,7 +26,7 @@ def facts(rank: int, kind: str) -> dict[str, Any]:
             "processors": properties.multi_processor_count,
             "free_bytes": free,
         }
-    return found | {"device": _processor(), "driver": "", "free_bytes": _available_bytes()}
+    return found | {"device": _processor(), "driver": "", "free_bytes": available_bytes()}
 
 
 def _driver() -> str:
@@ -36,8 +38,3 @@ def _driver() -> str:
 def _processor() -> str:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "CPU")
-
-
-def _available_bytes() -> int:
-    with open("/proc/meminfo", encoding="utf-8") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
