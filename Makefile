@@ -74,6 +74,7 @@ bench-watching: $(VENV)/.ready
 bench-gpu:
 	fivefold bench kernels --out docs/benchmarks/kernels-h200.json
 	fivefold bench layer --out docs/benchmarks/layer-h200.json
+	fivefold bench offload --out docs/benchmarks/offload-h200.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -160,6 +160,7 @@ def _parser() -> tuple[_Parser, list[str]]:
     for what, text in (
         ("kernels", "expert MLPs and what is around them, by this project's kernels and by others"),
         ("layer", "two layers of known models, forward and backward, by this project and by others"),
+        ("offload", "long sequences: activations swapped and recomputed by token, or recomputed whole"),
     ):
         bench = verb(what, verbs.bench, text, group=benches)
         bench.set_defaults(what=what)

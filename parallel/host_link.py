@@ -176,3 +176,10 @@ class Slab:
         """Back, to be written to from then on."""
         block.free = free
         self._free.append(block)
+
+    def discard(self) -> None:
+        """Give up the blocks that nobody has taken."""
+        while self._free:
+            block = self._free.pop()
+            block.discard()
+            self.size -= len(block.bytes)

@@ -1,4 +1,4 @@
-"""Runs one bench for `python -m orchestrator.worker.benches kernels|layer`, or `train JOB LAYOUT MICRO_BATCH STEPS`.
+"""Runs one bench for `python -m orchestrator.worker.benches WHAT`, or `... train JOB LAYOUT MICRO_BATCH STEPS`.
 
 Prints JSON lines: {"doing": what is timed now}, one of {"machine": facts}, one of {"ceiling": FLOP/s of a large
 product}, and a {"result"} for each way of each work.
@@ -21,6 +21,7 @@ from parallel.layout import Layout
 
 IMPORT_SECONDS = 120.0
 BENCH_SECONDS = 1200.0
+SUITES = {"kernels": suites.kernels, "layer": suites.layer, "offload": suites.activations}
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
         job, layout, micro_batch, steps = given
         _train(ranks, kind, job, layout, int(micro_batch), int(steps))
     else:
-        ranks.run(1, {"kernels": suites.kernels, "layer": suites.layer}[what], kind, seconds=BENCH_SECONDS)
+        ranks.run(1, SUITES[what], kind, seconds=BENCH_SECONDS)
 
 
 def _train(ranks: Ranks, kind: str, job: str, layout: str, micro_batch: int, steps: int) -> None:

@@ -63,7 +63,8 @@ def measure(
     names: Collection[str] = ("fivefold",),
 ) -> dict[str, dict[str, Any]]:
     """By way of these names: seconds and FLOP/s of the model, forward and backward. Wants torch.distributed."""
-    job, tokens = _set_up(shape, device, batch, sequence)
+    job = job_of(shape, sequence, device)
+    tokens = set_up(job, device, batch, sequence)
     flops = job.model.flops_per_token(sequence) * batch * sequence
     ways, failed = {}, {}
     for name in names:
@@ -88,8 +89,9 @@ def repeated(
     shape: tuple[str, ...], device: torch.device, *, batch: int, sequence: int, times: int = 4
 ) -> dict[str, Any]:
     """Which of loss and gradients of the same weights and tokens are not equal to the last bit, deterministically."""
-    job, tokens = _set_up(shape, device, batch, sequence)
-    model, loss_of = _model(job, tokens)
+    job = job_of(shape, sequence, device)
+    tokens = set_up(job, device, batch, sequence)
+    model, loss_of = model_of(job, tokens)
     first: list[Tensor] = []
     differ = set()
     for _ in range(times):
@@ -104,17 +106,17 @@ def repeated(
     return {"times": times, "differ": sorted(differ)}
 
 
-def _set_up(shape: tuple[str, ...], device: torch.device, batch: int, sequence: int) -> tuple[JobSpec, Tensor]:
+def set_up(job: JobSpec, device: torch.device, batch: int, sequence: int) -> Tensor:
+    """Tokens, one more of each sequence than is trained."""
     repair_megatron()
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
-    job = job_of(shape, sequence, device)
-    return job, torch.randint(job.model.vocab, (batch, sequence + 1), device=device)
+    return torch.randint(job.model.vocab, (batch, sequence + 1), device=device)
 
 
-def _forward_backward(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
+def forward_backward(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
     def step() -> None:
         loss_of().backward()
         model.zero_grad(set_to_none=True)  # now, not before the next: others need the memory
@@ -122,7 +124,7 @@ def _forward_backward(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
     return step
 
 
-def _drawn(parameters: Iterator[nn.Parameter]) -> None:
+def drawn(parameters: Iterator[nn.Parameter]) -> None:
     """Alike for all: as models start, and routers choose unevenly."""
     with torch.no_grad():
         for parameter in parameters:
@@ -131,7 +133,7 @@ def _drawn(parameters: Iterator[nn.Parameter]) -> None:
 
 
 def _ours(job: JobSpec, tokens: Tensor) -> Step:
-    return _forward_backward(*_model(job, tokens))
+    return forward_backward(*model_of(job, tokens))
 
 
 def _deterministic(job: JobSpec, tokens: Tensor) -> Step:
@@ -144,9 +146,9 @@ def _deterministic(job: JobSpec, tokens: Tensor) -> Step:
     return in_one_order
 
 
-def _model(job: JobSpec, tokens: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
+def model_of(job: JobSpec, tokens: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
     model = build_model(job, transformer_config(job, Layout()), tokens.device)
-    _drawn(model.parameters())
+    drawn(model.parameters())
     places = torch.arange(tokens.shape[1] - 1, device=tokens.device)[None]
     counted = torch.full(tokens[:, 1:].shape, 1 / tokens[:, 1:].numel(), device=tokens.device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -168,12 +170,12 @@ def _megatron(job: JobSpec, tokens: Tensor) -> Step:
         max_sequence_length=job.train.sequence_length,
         position_embedding_type="rope",
     ).to(tokens.device)
-    _drawn(model.parameters())
+    drawn(model.parameters())
     length = tokens.shape[1] - 1
     mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
     places = torch.arange(length, device=tokens.device)[None]
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return _forward_backward(model, lambda: model(inputs, places, mask, labels=labels).mean())
+    return forward_backward(model, lambda: model(inputs, places, mask, labels=labels).mean())
 
 
 def _transformers(job: JobSpec, tokens: Tensor, *, compiled: bool) -> Step:
@@ -208,11 +210,11 @@ def _transformers(job: JobSpec, tokens: Tensor, *, compiled: bool) -> Step:
     dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
     with torch.device(tokens.device):
         model = kind(config).to(dtype)
-    _drawn(model.parameters())
+    drawn(model.parameters())
     model.train()
     call = torch.compile(model) if compiled else model
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return _forward_backward(model, lambda: call(input_ids=inputs, labels=labels, use_cache=False).loss)
+    return forward_backward(model, lambda: call(input_ids=inputs, labels=labels, use_cache=False).loss)
 
 
 def _graphed(job: JobSpec, tokens: Tensor) -> Step:
@@ -284,7 +286,7 @@ def _reference(job: JobSpec, tokens: Tensor, change: Callable[[nn.Module], None]
     for name, parameter in decoder.named_parameters():
         if parameter.dim() == 1:
             nn.init.constant_(parameter, float(name.endswith("norm.weight")))
-    _drawn(decoder.parameters())
+    drawn(decoder.parameters())
     decoder.auxiliary_weight = 0.0
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
     context = Context(positions_of(inputs, None))
@@ -294,7 +296,7 @@ def _reference(job: JobSpec, tokens: Tensor, change: Callable[[nn.Module], None]
         decoder.contexts = iter((context,))
         return linear_cross_entropy(decoder.run(inputs).flatten(0, 1), decoder.head_weight, labels, counted)
 
-    return _forward_backward(decoder, loss_of)
+    return forward_backward(decoder, loss_of)
 
 
 _WAYS: dict[str, Callable[[JobSpec, Tensor], Step]] = {

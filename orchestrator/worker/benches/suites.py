@@ -10,7 +10,7 @@ import torch
 
 from jobs.spec import JobSpec
 from orchestrator.worker import determinism
-from orchestrator.worker.benches import experts, layers, operations, training
+from orchestrator.worker.benches import experts, layers, offload, operations, training
 from orchestrator.worker.benches.measure import matmul_flops
 from orchestrator.worker.engines.cuda_stand_in import install
 from orchestrator.worker.profiling.timing import tell
@@ -61,6 +61,20 @@ def layer(rank: int, kind: str) -> None:
         tell(doing=f"{count} experts")
         fine = (*mixtral, f"model.experts={count}", "model.top_k=8", "model.expert_ffn=2048")
         _tell_layers(f"experts {count}", fine, device, 2, 4096, 5)
+
+
+def activations(rank: int, kind: str) -> None:
+    """A long sequence with its activations kept, recomputed, and swapped; then the longest that each trains."""
+    device = _device(rank, kind)
+    _ceiling(device)
+    on_gpu = kind == "cuda"
+    sequence, unit, limit = (131_072, 65_536, 1_048_576) if on_gpu else (512, 256, 1024)
+    tell(doing=f"a sequence of {sequence:,}")
+    for found in offload.compare(device, 6, sequence, 3):
+        tell(result=found)
+    tell(doing="the longest sequence")
+    for found in offload.longest(device, 4, unit, limit):
+        tell(result=found)
 
 
 def _tell_layers(

@@ -1,0 +1,164 @@
+"""Long sequences: activations swapped and recomputed by token, beside all kept and beside layers recomputed whole."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.compose import compose
+from jobs.spec import JobSpec
+from models.megatron_specs import Layer
+from orchestrator.worker.benches.layers import forward_backward, model_of, set_up
+from orchestrator.worker.benches.measure import Timed, seconds, side_by_side
+from orchestrator.worker.engines.swapping import HOST_SHARE
+from orchestrator.worker.host_memory import available_bytes
+from parallel.estimates.workload import Workload
+from parallel.layout import Layout
+from parallel.offload import Swap
+from parallel.swap import Host, plan_swap
+
+SHAPE = ("model=llama3_8b", "model.kv_heads=32", "model.ffn=11008", "model.vocab=32000")
+"""Of Llama 2 7B."""
+SMALL = ("model.hidden=64", "model.heads=4", "model.kv_heads=4", "model.head_dim=16", "model.ffn=96")
+"""For a CPU."""
+
+KEPT, AGAIN = "all kept", "layers recomputed"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A way to train: a step, and what swaps in it."""
+
+    step: Callable[[], Any]
+    model: Callable[[], Tensor]
+    """The loss alone."""
+    swap: Swap | None
+
+
+def job_of(device: torch.device, layers: int, sequence: int, recompute: str = "none") -> JobSpec:
+    small = () if device.type == "cuda" else SMALL
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    sizes = (f"model.layers={layers}", f"train.sequence_length={sequence}", f"train.precision={precision}")
+    return compose("moe_1b", [*SHAPE, *small, *sizes, "layout.micro_batch=1", f"layout.recompute={recompute}"])
+
+
+def way(job: JobSpec, tokens: Tensor, swap: Swap | None) -> Trained:
+    model, loss_of = model_of(job, tokens)
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.swap = swap
+    return Trained(forward_backward(model, loss_of), loss_of, swap)
+
+
+def closed_form(job: JobSpec, tokens: Tensor) -> tuple[float, dict[str, float]]:
+    """The share of tokens to swap by measured times, and what it follows from."""
+    device = tokens.device
+    host = HOST_SHARE * available_bytes()
+    probe = way(job, tokens, Swap(device, 0.0, host))
+    for _ in range(2):
+        probe.step()
+    assert probe.swap is not None
+    probe.swap.take_figures()
+    probe.step()
+    figures = probe.swap.take_figures()
+    link = figures.copied / figures.copying
+    with torch.no_grad():
+        probe.model()
+        layer = min(seconds(probe.model, device) for _ in range(2)) / job.model.layers
+    plan = plan_swap(Workload.of(job, Layout(), 1), 0, Host(link, 1, host, 1), layer)
+    return plan.alpha, {"link_bytes_per_second": link, "layer_seconds": layer, "host_bytes": plan.host_bytes}
+
+
+def compare(device: torch.device, layers: int, sequence: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """A step of each way in turn; what swapping waited for and moved in one."""
+    job = job_of(device, layers, sequence)
+    tokens = set_up(job, device, 1, sequence)
+    share, facts = closed_form(job, tokens)
+    free(device)
+    swapped = f"swapped, {share:.0%} of tokens"
+    half = f"swapped, {share / 2:.0%} of tokens"
+    host = HOST_SHARE * available_bytes()
+    ways = {
+        KEPT: way(job, tokens, None),
+        AGAIN: way(job_of(device, layers, sequence, "full"), tokens, None),
+        swapped: way(job, tokens, Swap(device, share, host)),
+        half: way(job, tokens, Swap(device, share / 2, host)),
+    }
+    times = side_by_side({name: each.step for name, each in ways.items()}, device, rounds)
+    for name, timed in times.items():
+        found = _figures(job, sequence, timed) | {"work": f"{layers} layers, sequence {sequence:,}", "way": name}
+        swap = ways[name].swap
+        if swap is not None:
+            swap.take_figures()
+            ways[name].step()
+            figures = swap.take_figures()
+            found |= facts | {"stalled_seconds": figures.stalled, "swapped_bytes": figures.copied}
+            found |= {"left_bytes": figures.left, "host_bytes": swap.slab.size}
+        yield found
+    ways.clear()
+
+
+def longest(device: torch.device, layers: int, unit: int, limit: int) -> Iterator[dict[str, Any]]:
+    """For each way the longest sequence that trains, in units of tokens, as two shorter ones foretell it; then run."""
+    for name, recompute, swaps in ((AGAIN, "full", False), ("swapped, 0% of tokens", "none", True)):
+        peaks = []
+        for length in (unit, 2 * unit):
+            timed = _once(device, layers, length, recompute, swaps)
+            assert timed is not None
+            peaks.append((length, timed.peak_bytes or 0))
+        (short, low), (long, high) = peaks
+        slope = max(1.0, (high - low) / (long - short))
+        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        length = min(limit, int((0.985 * room - low) / slope + short) // (unit // 4) * (unit // 4))
+        length = max(length, 2 * unit)
+        while (found := _once(device, layers, length, recompute, swaps)) is None:
+            length -= unit // 4
+        job = job_of(device, layers, length)
+        yield _figures(job, length, found) | {
+            "work": f"{layers} layers, longest sequence",
+            "way": f"{name}: {length:,}",
+            "sequence": length,
+        }
+
+
+def _once(device: torch.device, layers: int, sequence: int, recompute: str, swaps: bool) -> Timed | None:
+    """A step, the second of two; None where memory runs out."""
+    free(device)
+    job = job_of(device, layers, sequence, recompute)
+    tokens = set_up(job, device, 1, sequence)
+    swap = Swap(device, 0.0, HOST_SHARE * available_bytes()) if swaps else None
+    try:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        trained = way(job, tokens, swap)
+        trained.step()
+        took = seconds(trained.step, device)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        return Timed(took, took, took, peak)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if swap is not None:
+            swap.slab.discard()
+
+
+def free(device: torch.device) -> None:
+    gc.collect()  # models are cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _figures(job: JobSpec, sequence: int, timed: Timed) -> dict[str, Any]:
+    flops = job.model.flops_per_token(sequence) * sequence
+    return {
+        "seconds": vars(timed),
+        "flops_per_second": flops / timed.median,
+        "tokens_per_second": sequence / timed.median,
+        "batch": 1,
+        "sequence": sequence,
+    }
