@@ -5,7 +5,9 @@ On a GPU a stream for each direction; for a CPU a thread for each, so that what 
 
 from __future__ import annotations
 
+import mmap
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -131,18 +133,26 @@ class Block:
     """Host memory of one layer's copies."""
 
     def __init__(self, size: int, is_pinned: bool) -> None:
-        self.bytes = torch.empty(size, dtype=torch.uint8)
+        # Pages of its own, since a page is pinned once; and not torch's pinned memory, which comes in powers of two.
+        pages = mmap.mmap(-1, size)
+        self.bytes = torch.frombuffer(pages, dtype=torch.uint8)
         self.free: Moment | None = None
         """From when on it may be written to again."""
-        self._is_pinned = is_pinned
+        self.discard: Callable[[], object] = _nothing
         if is_pinned:
-            # Not by torch's own pinned memory, which comes in powers of two: up to twice of what is asked for.
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
+            address = self.bytes.data_ptr()
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+            self.discard = weakref.finalize(self, _unpin, address)
+            self.discard.atexit = False
 
-    def discard(self) -> None:
-        if self._is_pinned:
-            torch.cuda.synchronize()
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr()))
+
+def _nothing() -> None:
+    pass
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
 class Slab:

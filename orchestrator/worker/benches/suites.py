@@ -70,7 +70,7 @@ def activations(rank: int, kind: str) -> None:
     on_gpu = kind == "cuda"
     sequence, unit, limit = (131_072, 65_536, 1_048_576) if on_gpu else (512, 256, 1024)
     tell(doing=f"a sequence of {sequence:,}")
-    for found in offload.compare(device, 6, sequence, 3):
+    for found in offload.compare(device, 4, sequence, 3):
         tell(result=found)
     tell(doing="the longest sequence")
     for found in offload.longest(device, 4, unit, limit):
