@@ -121,11 +121,11 @@ class Frame:
             return
         order = iter(self.holders)
 
-        def capture(tensor: Tensor) -> Tensor:
+        def capture(tensor: Tensor) -> None:
             reference = next(order)
             if reference is not None and (holder := reference()) is not None:
-                holder.tensor = tensor
-            return tensor
+                holder.tensor = tensor.detach()
+            return None  # nobody asks for it: this graph has no backward pass
 
         given = [source().detach().requires_grad_(asks) for source, asks in self._given]
         self._given = ()
