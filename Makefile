@@ -75,6 +75,7 @@ bench-gpu:
 	fivefold bench kernels --out docs/benchmarks/kernels-h200.json
 	fivefold bench layer --out docs/benchmarks/layer-h200.json
 	fivefold bench offload --out docs/benchmarks/offload-h200.json
+	fivefold bench longest --out docs/benchmarks/longest-h200.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -160,7 +160,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     for what, text in (
         ("kernels", "expert MLPs and what is around them, by this project's kernels and by others"),
         ("layer", "two layers of known models, forward and backward, by this project and by others"),
-        ("offload", "long sequences: activations swapped and recomputed by token, or recomputed whole"),
+        ("offload", "a long sequence: activations kept, swapped and recomputed by token, or recomputed whole"),
+        ("longest", "the longest sequence that trains with activations recomputed, and with them swapped"),
     ):
         bench = verb(what, verbs.bench, text, group=benches)
         bench.set_defaults(what=what)

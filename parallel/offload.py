@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,8 @@ class Swap:
         return sum(is_forward for is_forward, _ in following[: following.index((False, number))]) <= 1
 
 
-class Cut(NamedTuple):
+@dataclass(eq=False)
+class Cut:
     """A tensor of tokens in slices: the first is kept on the host, where there is one, the others recomputed."""
 
     pieces: tuple[Tensor, ...]
@@ -154,6 +155,8 @@ class Cut(NamedTuple):
     """Of the others."""
     at: int
     """Among what the part gave."""
+    joined: Tensor | None = None
+    """All of them, where a part has seen them so."""
 
 
 class Visit:
@@ -176,7 +179,9 @@ class Visit:
         self._items: dict[int, Item] = {}
         """By the address of their storage, while all of them are on the device."""
         self._swapped: list[weakref.ref[Item]] = []
-        self._joined: dict[int, tuple[Cut, Tensor]] = {}
+        self._joined: list[Cut] = []
+        self._outside: list[Tensor] = []
+        """Whose addresses are not others' meanwhile."""
         self._block: Block | None = None
         self._stays, self._begun = stays, False
         self._out: Moment | None = None
@@ -219,9 +224,16 @@ class Visit:
     def close(self, out: Cut) -> Tensor:
         """The layer's output, all tokens; copies begin."""
         last = joined_of(out.pieces, self._slices)
+        for cut in self._joined:
+            cut.joined, cut.pieces = None, ()
         self._joined.clear()
+        self._outside.clear()
         items = [item for item in self._items.values() if item.is_wanted]
         self._items.clear()
+        for item in items:
+            if not item.size:
+                item.forget()
+        items = [item for item in items if item.size]
         self._swapped = [weakref.ref(item) for item in items]
         if self._stays:
             return last
@@ -292,34 +304,30 @@ class Visit:
         address = given.untyped_storage().data_ptr()
         if address not in self._items:
             self._never.add(address)
-            self._joined[-address] = (Cut((given,), (), 0), given)  # its address is not another's meanwhile
+            self._outside.append(given)
 
     def _join(self, cut: Cut) -> Tensor:
-        for known, joined in self._joined.values():
-            if known is cut:
-                return joined
-        joined = joined_of(cut.pieces, self._slices)
-        storage = joined.untyped_storage()
+        if cut.joined is not None:
+            return cut.joined
+        cut.joined = joined_of(cut.pieces, self._slices)
+        cut.pieces = tuple(pieces_of(cut.joined, self._slices))  # else they would be there twice
+        self._joined.append(cut)
+        storage = cut.joined.untyped_storage()
         if storage.data_ptr() not in self._items:
             item = self._items[storage.data_ptr()] = Item(self.needed, storage)
             if cut.frames:
                 for frame in cut.frames:
                     frame.consumers[cut.at] += 1
-                item.follow(joined, self._slices, cut.frames, cut.at)
-        self._joined[storage.data_ptr()] = (cut, joined)
-        return joined
+                item.follow(cut.joined, self._slices, cut.frames, cut.at)
+        return cut.joined
 
     def _parts(self, given: Tensor | Cut) -> tuple[Sequence[Tensor], Callable[[int], Tensor]]:
         """All slices, and what finds one again that is to be computed again."""
         if isinstance(given, Cut):
-            pieces: Sequence[Tensor] = given.pieces
-            for known, joined in self._joined.values():
-                if known is given:
-                    pieces = pieces_of(joined, self._slices)
-            frames, index, first = given.frames, given.at, len(given.pieces) - len(given.frames)
+            frames, at, first = given.frames, given.at, len(given.pieces) - len(given.frames)
             for frame in frames:
-                frame.consumers[index] += 1
-            return pieces, lambda at: frames[at - first].output(index)
+                frame.consumers[at] += 1
+            return given.pieces, lambda slice_: frames[slice_ - first].output(at)
         self._stay(given)
         slices = self._slices
         pieces = pieces_of(given, slices)
@@ -329,7 +337,7 @@ class Visit:
         if self._kept == self._tokens:
             return pieces, pieces.__getitem__
         saved = self._keep(given.detach())
-        return pieces, lambda at: pieces_of(restore(saved), slices)[at]
+        return pieces, lambda slice_: pieces_of(restore(saved), slices)[slice_]
 
     def _keep(self, tensor: Tensor) -> Any:
         """What autograd saves of tokens that go to the host."""

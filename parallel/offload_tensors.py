@@ -45,10 +45,14 @@ class Item:
         assert self.storage is not None
         return self._pairs(self.storage)
 
+    def forget(self) -> None:
+        """Nothing of it goes to the host: backward has the frames' outputs in any case."""
+        self.storage, self._filled = None, False
+
     def allocate(self, device: torch.device) -> list[Pair]:
         """New memory, and what is copied: to the device, from the host."""
         self._filled = not self._frames
-        if not self._frames or len(self._slices) > 1:
+        if self._runs:
             self.storage = torch.empty(self._all, dtype=torch.uint8, device=device).untyped_storage()
         return self._pairs(self.storage) if self.storage is not None else []
 
@@ -61,15 +65,20 @@ class Item:
 
     def _fill(self) -> None:
         self._filled = True
-        tails = [frame.output(self._index) for frame in self._frames]
-        if self.storage is None:  # of one slice the output itself, however it lies in its storage
-            self.storage = tails[0].untyped_storage()
+        if self.storage is None and len(self._slices) == 1:  # the output itself, however it lies in its storage
+            self.storage = self._frames[0].output(self._index).untyped_storage()
             return
-        whole = torch.empty(0, dtype=self._dtype, device=self.storage.device).set_(self.storage)
-        runs = len(self._runs) or len(tails[0]) // self._slices[0]
-        begin = sum(self._slices) - sum(self._slices[-len(tails) :])
-        for tail, length in zip(tails, self._slices[-len(tails) :], strict=True):
-            whole.view(runs, sum(self._slices), -1)[:, begin : begin + length].copy_(tail.reshape(runs, length, -1))
+        whole: Tensor | None = None
+        begin = sum(self._slices) - sum(self._slices[-len(self._frames) :])
+        for frame, length in zip(self._frames, self._slices[-len(self._frames) :], strict=True):
+            tail = frame.output(self._index)
+            runs = len(tail) // length
+            if whole is None:
+                if self.storage is None:
+                    self.storage = torch.empty(self._all, dtype=torch.uint8, device=tail.device).untyped_storage()
+                whole = torch.empty(0, dtype=self._dtype, device=tail.device).set_(self.storage)
+                whole = whole.view(runs, sum(self._slices), -1)
+            whole[:, begin : begin + length].copy_(tail.reshape(runs, length, -1))
             begin += length
 
     def _pairs(self, storage: torch.UntypedStorage) -> list[Pair]:
@@ -125,7 +134,7 @@ class Frame:
             reference = next(order)
             if reference is not None and (holder := reference()) is not None:
                 holder.tensor = tensor.detach()
-            return None  # nobody asks for it: this graph has no backward pass
+            # Nothing is given back, for nobody asks: this graph has no backward pass.
 
         given = [source().detach().requires_grad_(asks) for source, asks in self._given]
         self._given = ()

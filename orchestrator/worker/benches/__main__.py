@@ -21,7 +21,7 @@ from parallel.layout import Layout
 
 IMPORT_SECONDS = 120.0
 BENCH_SECONDS = 1200.0
-SUITES = {"kernels": suites.kernels, "layer": suites.layer, "offload": suites.activations}
+SUITES = {"kernels": suites.kernels, "layer": suites.layer, "offload": suites.activations, "longest": suites.longest}
 
 
 def main() -> None:

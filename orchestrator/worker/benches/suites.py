@@ -64,14 +64,20 @@ def layer(rank: int, kind: str) -> None:
 
 
 def activations(rank: int, kind: str) -> None:
-    """A long sequence with its activations kept, recomputed, and swapped; then the longest that each trains."""
+    """A long sequence with its activations kept, recomputed, and swapped."""
     device = _device(rank, kind)
     _ceiling(device)
-    on_gpu = kind == "cuda"
-    sequence, unit, limit = (131_072, 65_536, 1_048_576) if on_gpu else (512, 256, 1024)
+    sequence = 131_072 if kind == "cuda" else 512
     tell(doing=f"a sequence of {sequence:,}")
-    for found in offload.compare(device, 4, sequence, 3):
+    for found in offload.compare(device, 5, sequence, 3):
         tell(result=found)
+
+
+def longest(rank: int, kind: str) -> None:
+    """The longest sequence that a device trains with layers recomputed, and with activations swapped."""
+    device = _device(rank, kind)
+    _ceiling(device)
+    unit, limit = (65_536, 1_048_576) if kind == "cuda" else (256, 1024)
     tell(doing="the longest sequence")
     for found in offload.longest(device, 4, unit, limit):
         tell(result=found)
