@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import sys
@@ -22,7 +21,6 @@ from parallel import memory_plan
 from parallel.memory_plan import ALIGNMENT, MemoryPlan, Request, aligned, most_alive, place, plan_memory
 
 TENSOR = st.tuples(st.integers(1, 20_000), st.integers(0, 15), st.integers(0, 15))
-SOLVER = importlib.util.find_spec("ortools") is not None
 
 
 def requests(most: int) -> st.SearchStrategy[list[Request]]:
@@ -85,7 +83,6 @@ def test_a_stack_meets_the_bound(moves: list[tuple[bool, int]]) -> None:
         assert plan.notice == ""
 
 
-@pytest.mark.skipif(not SOLVER, reason="needs ortools")
 @settings(deadline=None, max_examples=25)
 @given(requests(25))
 def test_the_solver_is_never_worse_and_repeats(asked: list[Request]) -> None:
@@ -116,7 +113,6 @@ def test_without_the_solver_the_gap_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan.peak == plan_memory(hard(), effort=0).peak
 
 
-@pytest.mark.skipif(not SOLVER, reason="needs ortools")
 def test_the_solver_closes_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "_PLACEMENTS", 0)
     plan = plan_memory(hard())
