@@ -69,7 +69,7 @@ def activations(rank: int, kind: str) -> None:
     _ceiling(device)
     sequence = 131_072 if kind == "cuda" else 512
     tell(doing=f"a sequence of {sequence:,}")
-    for found in offload.compare(device, 5, sequence, 3):
+    for found in offload.compare(device, 5, sequence, 2):
         tell(result=found)
 
 
