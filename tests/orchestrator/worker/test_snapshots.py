@@ -154,7 +154,7 @@ def test_state_that_finds_no_room_is_not_kept_and_training_goes_on(
     )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     memory = os.open(tmp_path / "none", os.O_RDWR | os.O_CREAT)
-    monkeypatch.setattr(snapshots, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(snapshots, "available_bytes", lambda: 1000)
     monkeypatch.setattr(snapshots.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(snapshots.dist, "all_gather_object", lambda told, own: told.__setitem__(0, own))
     kept = Snapshots(launch, memory, Reporter(launch, theirs.detach()))
