@@ -116,7 +116,7 @@ def _check_here(job: Any) -> None:
     """Refuse, before anything is created, what cannot be trained on this machine."""
     from jobs import corpus
     from orchestrator.control import cluster
-    from orchestrator.offload import check_nvme
+    from orchestrator.nvme import check_nvme
 
     cluster.check_embedded(job.cluster)
     check_nvme(job.layout)

@@ -27,7 +27,7 @@ from models.sparse_experts import Owned, SparseExperts
 from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
 from orchestrator.files import FileEntry, Hook, unhindered
-from orchestrator.offload import check_nvme
+from orchestrator.nvme import check_nvme
 from orchestrator.worker.engines.checkpoint_files import stored_names
 from orchestrator.worker.engines.expert_loads import ExpertLoads
 from orchestrator.worker.engines.protocol import KEPT, Batch, StateSource, StepResult

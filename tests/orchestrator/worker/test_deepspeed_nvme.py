@@ -13,7 +13,7 @@ import torch
 from jobs.architecture import ModelArchitecture
 from jobs.errors import InputError
 from jobs.spec import CheckpointSpec, ClusterSpec, DataSpec, JobSpec, LayoutSpec, PolicySpec, TrainSpec
-from orchestrator.offload import check_nvme
+from orchestrator.nvme import check_nvme
 from orchestrator.worker.engines.deepspeed import build
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
 from orchestrator.worker.exactness.oracle import oracle
@@ -33,7 +33,7 @@ def _not_built() -> str:
 
 
 # DeepSpeed's operation for files wants libaio's headers and a compiler, which this project does not: where it cannot be
-# built, jobs that ask for it are refused with the same words (tests/orchestrator/test_offload.py), and training with it
+# built, jobs that ask for it are refused with the same words (tests/orchestrator/test_nvme.py), and training with it
 # cannot be tried.
 pytestmark = pytest.mark.skipif(bool(_not_built()), reason=_not_built())
 

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.errors import InputError
 from jobs.spec import LayoutSpec
-from orchestrator.offload import check_nvme
+from orchestrator.nvme import check_nvme
 
 
 def layout(folder: Path) -> LayoutSpec:
