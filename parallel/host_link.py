@@ -76,7 +76,7 @@ class ThreadLink:
     def __init__(self, delay: Callable[[], float] = lambda: 0.0) -> None:
         """delay: seconds by which a copy is late, asked before each."""
         self._delay = delay
-        self._queues: dict[bool, SimpleQueue[_Work]] = {out: SimpleQueue() for out in (True, False)}
+        self._queues: dict[bool, SimpleQueue[_Work | None]] = {out: SimpleQueue() for out in (True, False)}
         for queue in self._queues.values():
             Thread(target=self._run, args=(queue,), daemon=True).start()
 
@@ -93,9 +93,15 @@ class ThreadLink:
     def wait(self, moment: Any) -> None:
         moment.passed.wait()
 
-    def _run(self, queue: SimpleQueue[_Work]) -> None:
-        while True:
-            pairs, after, begin, end = queue.get()
+    def close(self) -> None:
+        """No more copies follow."""
+        for queue in self._queues.values():
+            queue.put(None)
+
+    def _run(self, queue: SimpleQueue[_Work | None]) -> None:
+        while (work := queue.get()) is not None:
+            pairs, after, begin, end = work
+            del work
             for moment in after:
                 moment.passed.wait()
             if late := self._delay():

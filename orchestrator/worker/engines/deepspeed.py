@@ -257,7 +257,7 @@ class DeepSpeedEngine:
         swap = swapping(job, self._device)
         if swap is not None:
             swap_layers(decoder, swap)
-        if job.layout.recompute == "full":
+        elif job.layout.recompute == "full":
             for layer in decoder.layers.values():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         return decoder
