@@ -172,7 +172,7 @@ class Slab:
         self._free: list[Block] = []
 
     def take(self, size: int) -> Block | None:
-        """A block of at least so many bytes; None where the limit leaves none."""
+        """A block of at least so many bytes; None where the limit, or the machine, leaves none."""
         fitting = [block for block in self._free if len(block.bytes) >= size]
         if fitting:
             # Of equal blocks the one that has been free for longest: its reload is most likely past.
@@ -185,8 +185,13 @@ class Slab:
             self.size -= len(small.bytes)
         if self.size + size > self.limit:
             return None
+        try:
+            block = Block(size, self._is_pinned)
+        except (OSError, RuntimeError):  # the machine has less than was thought, or lets less of it be pinned
+            self.limit = self.size
+            return None
         self.size += size
-        return Block(size, self._is_pinned)
+        return block
 
     def give(self, block: Block, free: Moment) -> None:
         """Back, to be written to from then on."""

@@ -53,6 +53,12 @@ class Figures:
     """That these copies took."""
     left: int = 0
     """That stayed on the device since host memory had no place."""
+    layers: int = 0
+    """Forward passes of one."""
+    computing: float = 0.0
+    """That these took."""
+    host_bytes: float = 0.0
+    """There are for copies."""
     spans: list[tuple[Moment, Moment, str]] = field(default_factory=list)
 
 
@@ -111,10 +117,18 @@ class Swap:
             seconds = end.seconds_since(begin)
             if what == "stall":
                 figures.stalled += seconds
+            elif what == "layer":
+                figures.layers += 1
+                figures.computing += seconds
             else:
                 figures.copying += seconds
         figures.spans.clear()
+        figures.host_bytes = self.slab.limit
         return figures
+
+    def computed(self, begin: Moment) -> None:
+        """A layer's forward pass, which began then."""
+        self._figures.spans.append((begin, self.link.now(), "layer"))
 
     def closed(self, visit: Visit) -> None:
         self._leaving.append(visit)

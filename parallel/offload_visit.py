@@ -61,6 +61,7 @@ class Visit:
         self._back: Moment | None = None
         self._is_here = True
         self._own(hidden)
+        self._began = swap.link.now()
 
     def by_token(
         self, compute: Callable[..., Sequence[Tensor]], *given: Tensor | Cut, again: bool = False
@@ -110,6 +111,7 @@ class Visit:
 
     def depart(self) -> None:
         """Nothing more is computed: copies begin."""
+        self.swap.computed(self._began)
         for cut in self._joined:
             cut.joined, cut.pieces = None, ()
         self._joined.clear()

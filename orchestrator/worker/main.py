@@ -118,6 +118,7 @@ class _Rank:
     def train(self) -> int:
         from orchestrator.worker import data, schedule
         from orchestrator.worker.checkpoint import Checkpoints
+        from orchestrator.worker.engines.swapping import SwapNotices
         from orchestrator.worker.snapshots import Snapshots
 
         job, layout, train = self._job, self._layout, self._job.train
@@ -152,6 +153,7 @@ class _Rank:
         dp_rank = layout.coordinates(self._launch.rank)["dp"]
         micro_batch = job.layout.micro_batch
         assert micro_batch is not None, "job.json is resolved before it is run"
+        swapped = SwapNotices(job, self._launch.rank)
         unsaved: list[StepReport] = []
         left = False
         for step in range(start + 1, train.steps + 1):
@@ -194,6 +196,8 @@ class _Rank:
                 validation_loss=validation_loss,
             )
             self._reporter.send(report)
+            for kind, message, facts in swapped.of(result.swapped, phases["compute"]):
+                self._reporter.event(kind, message, **facts)
             print(f"step {step}  loss {result.loss:.6f}  grad norm {result.grad_norm:.6f}  {report.step_seconds:.3f} s")
             unsaved.append(report)
             self._enter("agree", step)
