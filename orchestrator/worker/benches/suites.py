@@ -77,9 +77,9 @@ def longest(rank: int, kind: str) -> None:
     """The longest sequence that a device trains with layers recomputed, and with activations swapped."""
     device = _device(rank, kind)
     _ceiling(device)
-    unit, limit = (65_536, 1_048_576) if kind == "cuda" else (256, 1024)
+    unit, limit = (16_384, 1_048_576) if kind == "cuda" else (256, 1024)
     tell(doing="the longest sequence")
-    for found in offload.longest(device, 4, unit, limit):
+    for found in offload.longest(device, 12, unit, limit, 0.25):
         tell(result=found)
 
 
