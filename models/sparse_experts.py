@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jobs.architecture import ModelArchitecture
 from kernels.permute import order_by_expert
-from models.sparse_trips import Trip, Ways
+from models.sparse_trips import OnTheHost, Trip, Ways, packed
 from parallel.collectives import Lane, Spread, spreads
 from parallel.fssdp import WINDOW, LoadHistory, Means, calibrate, materialise
 from parallel.fssdp_sharding import reshard
@@ -101,7 +101,7 @@ class SparseExperts(nn.Module):
         """Before the layer's attention; `depart` does it otherwise. Gives `hidden` itself."""
         is_first_pass = torch.is_grad_enabled() and not is_backward()
         below = self.last_below() if is_first_pass else None
-        self._copied = self._copies(spreads(self.sharded, self.placement), below)
+        self._copied = self._copies({} if self.placement.is_sharded else spreads(self.sharded, self.placement), below)
         self._is_sent_for = True
         self.last = self._copied if is_first_pass else None
         return hidden if self._copied is None else self._copied.begin(hidden)
@@ -118,20 +118,23 @@ class SparseExperts(nn.Module):
         order = order_by_expert(chosen, self.top_k)
         counts = order.counts.new_empty(self._ranks * self.experts)
         dist.all_gather_into_tensor(counts, order.counts, group=self._group)
-        tokens = counts.view(self._ranks, self.experts).tolist()
+        asked = OnTheHost(counts.view(self._ranks, self.experts))
+        placement = self.placement
+        # What needs no answer is under way while the host waits for one.
+        set_out = packed(hidden, weights, order) if placement.is_in_order else None
+        tokens = asked.answer()
         loads = [sum(each) for each in zip(*tokens, strict=True)]
         if self.training and not is_backward():  # once, if forward is computed again in it
             self._loads += torch.tensor(loads)
         replicas, self._copied = [] if self._copied is None else [self._copied], None
-        placement = self.placement
         further = self._calibrated(loads)
         if further is not None:
             extra = self._copies(spreads(self.sharded, further, placement))
             assert extra is not None
-            hidden, placement = extra.begin(hidden), further
+            hidden, placement, set_out = extra.begin(hidden), further, None
             replicas.append(extra)
         trip = Trip.of(placement, self.means.topology, tokens, order, self.rank, self._group)
-        return Away(trip, trip.depart(hidden, weights), replicas)
+        return Away(trip, trip.depart(*(set_out or packed(hidden, weights, trip.order))), replicas)
 
     def forward(self, away: Away) -> Tensor:
         """The weighted sum of what each token's experts make of it, [tokens, hidden]."""
@@ -252,8 +255,9 @@ class Owned:
 
     def settle(self) -> None:
         """Owners are as the layers' buffers say, which were overwritten."""
-        for layer in self.layers.values():
-            layer.sharded = layer.placement = Placement.sharded(layer.owners.tolist(), layer.even.ranks)
+        for number, owners in self.owners().items():
+            layer = self.layers[number]
+            layer.sharded = layer.placement = Placement.sharded(owners, layer.even.ranks)
         rank = next(iter(self.layers.values())).rank
         self.experts = [
             (number, expert) for number, layer in self.layers.items() for expert in layer.sharded.held_by(rank)
