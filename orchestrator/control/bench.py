@@ -118,7 +118,8 @@ def _shared(result: dict[str, Any]) -> str:
     said += f" (predicted {foreseen['ep']} and {foreseen['fssdp']}): {found['speedup']:.2f} times as fast"
     said += f" (at least {found['bar']:.2f}: {'met' if found['met'] else 'missed'};"
     said += f" predicted {found['predicted_speedup']:.2f}, {found['error']:+.1%})"
-    said += f", busiest rank {busiest['mean']:.2f} of the mean, at worst {busiest['worst']:.2f}"
+    said += f", busiest rank {found['busiest']['ep']:.2f} of the mean by ep, {busiest['mean']:.2f} shared"
+    said += f" and at worst {busiest['worst']:.2f}"
     if found["evened_out"] is not None:
         said += f" (at most {found['busiest_bar']:.1f}: {'met' if found['evened_out'] else 'missed'})"
     return f"{said}, {result['copies']:.1f} copies a layer"

@@ -268,12 +268,13 @@ def results(
 ) -> Iterator[dict[str, Any]]:
     """Of each way its figures; of the one that shares, beside the other's, what was promised and predicted."""
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    medians, predicted = {}, {}
+    medians, predicted, busiest = {}, {}, {}
     for way, steps in found.items():
         job, median = jobs[way], statistics.median(steps.seconds)
         medians[way], predicted[way] = median, expected(job, steps.loads)
         tokens = job.train.global_batch * job.train.sequence_length
         over_mean = steps.rows.amax(-1) / steps.rows.mean(-1)
+        busiest[way] = float(over_mean.mean())
         heaviest = [max(layer) / sum(layer) for step in steps.loads.samples[-len(steps.seconds) :] for layer in step]
         result = {
             "work": name,
@@ -292,17 +293,19 @@ def results(
             "sequences": job.train.global_batch,
             "flops_per_second": job.model.flops_per_token(job.train.sequence_length) * tokens / median / RANKS,
             "tokens_per_second": tokens / median,
-            "busiest": {"mean": float(over_mean.mean()), "worst": float(over_mean.max())},
+            "busiest": {"mean": busiest[way], "worst": float(over_mean.max())},
             "heaviest_expert": statistics.fmean(heaviest),
             "copies": steps.copies,
             "predicted_seconds": predicted[way],
         }
         if way == "fssdp":
-            result["sharing"] = verdict(routing, medians, predicted, result["busiest"]["mean"])
+            result["sharing"] = verdict(routing, medians, predicted, busiest)
         yield result
 
 
-def verdict(routing: str, medians: dict[str, float], predicted: dict[str, float], busiest: float) -> dict[str, Any]:
+def verdict(
+    routing: str, medians: dict[str, float], predicted: dict[str, float], busiest: dict[str, float]
+) -> dict[str, Any]:
     speedup, foreseen = medians["ep"] / medians["fssdp"], predicted["ep"] / predicted["fssdp"]
     bar = BALANCED if routing == EVEN else FASTER
     return {
@@ -314,7 +317,8 @@ def verdict(routing: str, medians: dict[str, float], predicted: dict[str, float]
         "bar": bar,
         "met": speedup >= bar,
         "busiest_bar": BUSIEST,
-        "evened_out": busiest <= BUSIEST if routing in (SHUFFLED, WORST) else None,
+        "busiest": busiest,
+        "evened_out": busiest["fssdp"] <= BUSIEST if routing in (SHUFFLED, WORST) else None,
     }
 
 
