@@ -74,12 +74,14 @@ bench-snapshot: $(VENV)/.ready
 bench-watching: $(VENV)/.ready
 	$(BIN)/python tests/faults/watching.py --json docs/benchmarks/watching.json
 
-# On a machine of one GPU or more: kernels, layers and training steps beside other software. The figures of docs/benchmarks.
+# On a machine of one GPU or more: kernels and layers beside other software, long sequences; the last, experts that ranks
+# share, takes two. The figures of docs/benchmarks.
 bench-gpu:
 	fivefold bench kernels --out docs/benchmarks/kernels-h200.json
 	fivefold bench layer --out docs/benchmarks/layer-h200.json
 	fivefold bench offload --out docs/benchmarks/offload-h200.json
 	fivefold bench longest --out docs/benchmarks/longest-h200.json
+	fivefold bench sharing --out docs/benchmarks/sharing-h200.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from jobs.architecture import ModelArchitecture
 from kernels.permute import order_by_expert
-from models.sparse_trips import Trip, Ways
+from models.sparse_trips import OnTheHost, Trip, Ways, packed
 from parallel.collectives import Lane, Spread, spreads
 from parallel.fssdp import WINDOW, LoadHistory, Means, calibrate, materialise
 from parallel.fssdp_sharding import reshard
@@ -119,7 +119,7 @@ class SparseExperts(nn.Module):
         """Before the layer's attention; `depart` does it otherwise. Gives `hidden` itself."""
         is_first_pass = torch.is_grad_enabled() and not is_backward()
         below = self.last_below() if is_first_pass else None
-        self._copied = self._copies(spreads(self.sharded, self.placement), below)
+        self._copied = self._copies({} if self.placement.is_sharded else spreads(self.sharded, self.placement), below)
         self._is_sent_for = True
         self.last = self._copied if is_first_pass else None
         return hidden if self._copied is None else self._copied.begin(hidden)
@@ -132,7 +132,7 @@ class SparseExperts(nn.Module):
         """
         if not self._is_sent_for:
             weights = self.send_for_copies(weights)
-        loads = [sum(each) for each in zip(*self._gathered(counts), strict=True)]
+        loads = [sum(each) for each in zip(*self._gathered(counts).answer(), strict=True)]
         weights, placement, replicas = self._completed(weights, loads)
         stacks = [self._own_stacks()]
         for each in replicas:
@@ -163,14 +163,18 @@ class SparseExperts(nn.Module):
         if here is None and not self._is_sent_for:
             hidden = self.send_for_copies(hidden)
         order = order_by_expert(chosen, self.top_k)
-        tokens = self._gathered(order.counts)
+        asked = self._gathered(order.counts)
+        placement = self.placement if here is None else here.placement
+        # What needs no answer is under way while the host waits for one.
+        set_out = packed(hidden, weights, order) if placement.is_in_order else None
+        tokens, replicas = asked.answer(), []
         if here is None:
             loads = [sum(each) for each in zip(*tokens, strict=True)]
-            hidden, placement, replicas = self._completed(hidden, loads)
-        else:
-            placement, replicas = here.placement, []
+            hidden, further, replicas = self._completed(hidden, loads)
+            if further is not placement:
+                placement, set_out = further, None
         trip = Trip.of(placement, self.means.topology, tokens, order, self.rank, self._group)
-        return Away(trip, trip.depart(hidden, weights), replicas, here)
+        return Away(trip, trip.depart(*(set_out or packed(hidden, weights, trip.order))), replicas, here)
 
     def forward(self, away: Away) -> Tensor:
         """The weighted sum of what each token's experts make of it, [tokens, hidden]."""
@@ -186,11 +190,11 @@ class SparseExperts(nn.Module):
             made = each.leave(made)
         return trip.back(made)
 
-    def _gathered(self, counts: Tensor) -> list[list[int]]:
-        """Tokens of each rank and expert, of each rank's counts [experts]."""
+    def _gathered(self, counts: Tensor) -> OnTheHost:
+        """Tokens [ranks][experts], of each rank's counts [experts]."""
         all_counts = counts.new_empty(self._ranks * self.experts)
         dist.all_gather_into_tensor(all_counts, counts, group=self._group)
-        return all_counts.view(self._ranks, self.experts).tolist()
+        return OnTheHost(all_counts.view(self._ranks, self.experts))
 
     def _completed(self, begun: Tensor, loads: Sequence[int]) -> tuple[Tensor, Placement, list[Replicas]]:
         """The copies that were sent for and, now that loads are known, more; `begun` itself; loads are remembered."""
@@ -310,8 +314,9 @@ class Owned:
 
     def settle(self) -> None:
         """Owners are as the layers' buffers say, which were overwritten."""
-        for layer in self.layers.values():
-            layer.sharded = layer.placement = Placement.sharded(layer.owners.tolist(), layer.even.ranks)
+        for number, owners in self.owners().items():
+            layer = self.layers[number]
+            layer.sharded = layer.placement = Placement.sharded(owners, layer.even.ranks)
         rank = next(iter(self.layers.values())).rank
         self.experts = [
             (number, expert) for number, layer in self.layers.items() for expert in layer.sharded.held_by(rank)
