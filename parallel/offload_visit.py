@@ -263,6 +263,9 @@ class Visit:
 
 
 def _evenly(tokens: int, most: int) -> list[int]:
-    """Of each slice, as few slices of `most` tokens as may be."""
+    """Tokens of as few slices of `most` as may be, of whole tiles all but the last."""
     number = -(-tokens // most)
-    return [tokens // number + (at < tokens % number) for at in range(number)]
+    tile = GRANULE if tokens >= 32 * GRANULE and most >= GRANULE else 1
+    tiles, rest = divmod(tokens, tile)
+    slices = [tile * (tiles // number + (at < tiles % number)) for at in range(number)]
+    return [*slices[:-1], slices[-1] + rest] if slices else []

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import pytest
 import schedules
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from schedules import Pass
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from jobs.architecture import ModelArchitecture
 from models.deepspeed_experts import group_experts
 from models.deepspeed_swap import swap_layers
 from models.reference import Context, Layer
-from parallel import offload
+from parallel import offload, offload_visit
 from parallel.host_link import ThreadLink
 from parallel.offload import WHOLE, Swap
 
@@ -122,6 +124,16 @@ def test_gradients_are_those_of_whole_layers(fraction: float, again: tuple[str, 
     assert first.copied > 0
     # Once the order is known, the last two of four layers stay.
     assert later.copied < 2 * first.copied
+
+
+@given(tokens=st.integers(0, 300_000), most=st.sampled_from((7, 1024, 16_384)))
+def test_slices_are_few_and_of_whole_tiles(tokens: int, most: int) -> None:
+    slices = offload_visit._evenly(tokens, most)
+    assert sum(slices) == tokens
+    assert len(slices) == -(-tokens // most)
+    tile = offload_visit.GRANULE if tokens >= 32 * offload_visit.GRANULE and most > 7 else 1
+    assert all(each > 0 and each % tile == 0 for each in slices[:-1])
+    assert max(slices, default=0) - min(slices, default=0) < 2 * tile
 
 
 def test_host_memory_that_is_full_leaves_layers_on_the_device() -> None:
