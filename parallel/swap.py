@@ -20,7 +20,7 @@ from typing import Literal
 
 from jobs.errors import InputError
 from parallel.estimates.activations import computed_again, layer_parts, most_routed_rows, routed_rows
-from parallel.estimates.memory import in_flight, stages
+from parallel.estimates.stages import in_flight, stages
 from parallel.estimates.workload import Workload
 
 Rows = Literal["expected", "most"]

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.layers import Cost, Parts, head, layer, layer_parts
-from parallel.estimates.memory import Kind, Stage, kinds
 from parallel.estimates.network import Network
 from parallel.estimates.software import Software, software
+from parallel.estimates.stages import Kind, Stage, kinds
 from parallel.estimates.workload import Workload, kept_by
 
 SENDING_PROCESSORS = 24

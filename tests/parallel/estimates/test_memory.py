@@ -10,8 +10,9 @@ import pytest
 from jobs.architecture import ModelArchitecture
 from parallel.estimates.activations import routed_rows
 from parallel.estimates.hardware import GIB, hardware
-from parallel.estimates.memory import FITTED, MemoryEstimate, stages
+from parallel.estimates.memory import FITTED, MemoryEstimate
 from parallel.estimates.memory import estimate_memory as estimate
+from parallel.estimates.stages import stages
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 
