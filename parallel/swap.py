@@ -122,7 +122,8 @@ def skeletal(workload: Workload, moe: bool, rows: Rows = "expected") -> Skeletal
         raise InputError("layout.recompute", "full", "nothing is kept of a layer but its input", "none")
     routed = (routed_rows if rows == "expected" else most_routed_rows)(workload) if moe else 0.0
     parts = layer_parts(workload, moe, routed)
-    for name in computed_again(parts, workload.recompute):
+    # Query, key and value are joined of tokens that go and others: they lie apart from what they were made of.
+    for name in ("unrotated", *computed_again(parts, workload.recompute)):
         parts[name] = 0.0
     model, layout = workload.model, workload.layout
     width = model.heads * (model.value_head_dim if model.is_multi_latent else model.head_dim)

@@ -34,6 +34,9 @@ LOGIT_ELEMENTS = {"parallel": 4, "fused": 2}
 """Of a logit, in elements of the weights' 2 bytes: itself, its gradient, and the fp32 softmax that the loss keeps where
 it is not one kernel."""
 
+CHUNK_LOGITS = 1 << 27
+"""At once, where a head makes them by chunks and keeps the gradient of hidden states (kernels/cross_entropy.py)."""
+
 COMMUNICATOR_SHARE = 0.175
 """Of a profile's reserve, which is measured with five communicators, what each of them takes: on an H200 0.67 of 3.84
 GB (docs/planner), the context taking 0.5. On an A100 NCCL takes 0.54 GB for two ranks and 0.69 for more
@@ -155,7 +158,7 @@ class _Passing(NamedTuple):
 
 @kept_by(
     *("model", "sequence_length", "micro_batch", "precision", "recompute", "attention_kernel", "fused_norm"),
-    *("activation_copies", "loss", "load", "zero_stage"),
+    *("activation_copies", "loss", "own_kernels", "load", "zero_stage"),
     *("layout.tp", "layout.cp", "layout.sp", "layout.ep", "layout.etp"),
 )
 def _passing(workload: Workload) -> _Passing:
@@ -166,8 +169,11 @@ def _passing(workload: Workload) -> _Passing:
     logit_bytes = FITTED["whole_logit_bytes"]
     if workload.loss != "whole":
         logit_bytes = LOGIT_ELEMENTS[workload.loss] * element / tp
+    logits = workload.tokens * model.vocab * logit_bytes
+    if workload.own_kernels and tp == 1:
+        logits = element * (min(CHUNK_LOGITS, workload.tokens * model.vocab) + workload.tokens * model.hidden)
     head = max(
-        workload.tokens * model.vocab * logit_bytes,
+        logits,
         model.embedding_parameters / tp * HEAD_GRADIENT_ELEMENTS * element,
     )
     return _Passing(dense.kept, moe.kept, _workspace(workload) + max(dense.again, moe.again), head)
@@ -209,7 +215,9 @@ def _workspace(workload: Workload) -> float:
         matrices * model.hidden * model.ffn / layout.tp,
         matrices * model.hidden * model.expert_ffn / layout.etp,
     )
-    elements = workload.tokens * (2 * model.hidden + (matrices + 1) * widest) + largest_weight
+    # Where SwiGLU is one kernel that keeps what it is given alone, its result is gone before its gradient is made.
+    live = matrices if workload.own_kernels else matrices + 1
+    elements = workload.tokens * (2 * model.hidden + live * widest) + largest_weight
     if workload.zero_stage == 3:
         # A layer's weights are made whole, and by prefetching those of the next.
         experts = model.experts / layout.ep * model.expert_parameters / layout.etp if model.moe_layers else 0.0

@@ -54,6 +54,9 @@ class Workload:
     activation_copies: int = 0
     """Tensors that SwiGLU keeps between its input and its output; none where it is one kernel."""
     loss: Loss = "parallel"
+    own_kernels: bool = False
+    """The megatron engine's (kernels/): queries and keys are rotated in a pass of its own, and value stays where the
+    projection wrote all three; where one rank has the whole head its logits are made by chunks."""
     software: str = ""
     """What runs it, as calibrations name it; one that is not known gets arithmetic without residuals."""
     context_attention: Literal["gather", "ring", "ulysses"] = "gather"
@@ -102,8 +105,9 @@ class Workload:
             load="natural" if job.layout.expert_loads is None else recorded(job.layout.expert_loads, job.model.experts),
             zero_stage=options["zero_stage"],
             optimizer_replicas=options["optimizer_replicas"],
-            # Neither engine fuses SwiGLU: both keep silu's output, and Megatron's MLP the gate plus its offset.
-            activation_copies=1 if job.engine == "deepspeed" else 2,
+            # The deepspeed engine's SwiGLU is torch's, which keeps silu's output.
+            activation_copies=1 if job.engine == "deepspeed" else 0,
+            own_kernels=job.engine == "megatron",
             software=OURS if job.engine == "megatron" and on_gpu else "",
             optimizer_offloaded=float(on_gpu and options["offload_optimizer"] != "none"),
             weights_offloaded=on_gpu and options["offload_parameters"] != "none",
