@@ -35,12 +35,13 @@ def _resolved(options: argparse.Namespace, *, here: bool) -> tuple[Any, Any]:
     from jobs import compose
     from orchestrator.control import calibrated, need, session
     from orchestrator.control.measured import Store
-    from orchestrator.control.planning import announce, announce_unshared
+    from orchestrator.control.planning import announce, announce_swapping, announce_unshared
     from parallel.planning import planner
 
     job = compose.compose(options.job, options.overrides)
-    announce(planner.device_of(job))
+    announce(device := planner.device_of(job))
     planning = calibrated.plan(job, Store(options.run_root, job))
+    announce_swapping(job, planning.plans[0], device)
     job = planner.resolve(job, planning.plans[0])
     announce_unshared(job)
     session.check_fault(job)

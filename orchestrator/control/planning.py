@@ -15,12 +15,14 @@ from jobs.spec import JobSpec
 from orchestrator.control import calibrated, picture, plan_tables, session
 from orchestrator.control.measured import Store
 from parallel.estimates.hardware import Hardware
+from parallel.estimates.swapping import notices as swapping_notices
 from parallel.fssdp_means import unshared
 from parallel.planning import planner
 from parallel.planning.budget import Budget
 from parallel.planning.deepspeed_config import deepspeed_config, outside_the_config
 from parallel.planning.explanation import explain
 from parallel.planning.megatron_flags import megatron_flags
+from parallel.planning.options import without_a_name
 from parallel.planning.shapes import sweep
 from parallel.planning.what_if import changed
 
@@ -63,6 +65,7 @@ def answer(name: str, overrides: Sequence[str], asked: Questions, root: str) -> 
     session.with_weights(job, here=False)
     best = planning.plans[0]
     announce_unshared(planner.resolve(job, best))
+    announce_swapping(job, best, device)
     document["measured"] = len(store.rows) if store else 0
     document |= _ranked(job, planning, asked.top, budget)
     if asked.format is not None:
@@ -95,6 +98,12 @@ def announce_unshared(job: JobSpec) -> None:
     reason = unshared(job)
     if reason:
         print(f"fivefold: {reason}", file=sys.stderr)
+
+
+def announce_swapping(job: JobSpec, plan: planner.Plan, device: Hardware) -> None:
+    """Say where swapped activations stall, or host memory does not hold them, as a job asks for it and at a plan."""
+    for text in swapping_notices(planner.asked_of(job, plan), device):
+        print(f"fivefold: {text}", file=sys.stderr)
 
 
 def _check(job: JobSpec, asked: Questions) -> None:
@@ -142,6 +151,8 @@ def _megatron(job: JobSpec, *, quiet: bool) -> list[str]:
     flags = megatron_flags(job)
     if not quiet:
         print("\n".join(flags))
+        for text in without_a_name(job.layout):
+            print(f"not among the flags: {text}", file=sys.stderr)
     return flags
 
 

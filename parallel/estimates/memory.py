@@ -18,6 +18,7 @@ from parallel.estimates.activations import LayerBytes, layer_bytes
 from parallel.estimates.copies import copies_bytes
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.stages import Stage, in_flight, kinds, stages
+from parallel.estimates.swapping import at_once, bytes_here, settled
 from parallel.estimates.workload import Workload, kept_by
 from parallel.layout import Layout
 
@@ -181,16 +182,22 @@ def _passing(workload: Workload) -> _Passing:
 
 def _parts(workload: Workload, device: Hardware, asked: tuple[_Held, ...]) -> list[tuple[int, ...]]:
     """Fields of MemoryEstimate for some of the stages."""
+    if workload.swapping is not None:
+        workload = settled(workload, device)
     layout, micro_batches = workload.layout, workload.micro_batches
     dense, moe, workspace, head = _passing(workload)
-    workspace += copies_bytes(workload, device)
+    copies = copies_bytes(workload, device)
+    workspace += copies
     reserved = device.reserved_bytes * (1 - COMMUNICATOR_SHARE * _groups(layout).count(1))
     found: list[tuple[int, ...]] = []
     for place, stage, weights, gradients, optimizer, update in asked:
         layers = stage.dense_layers * dense + stage.moe_layers * moe
-        activations = in_flight(layout, place, micro_batches) * layers
+        activations, block = in_flight(layout, place, micro_batches) * layers, workspace
+        if workload.swapping is not None:
+            activations, block = bytes_here(workload, device, place, stage, _workspace(workload, at_once(workload)))
+            block += copies
         # The head's turn is over before a block's begins: the larger of the two counts.
-        logits, alive = (head, 0.0) if stage.is_last and head > workspace else (0.0, workspace)
+        logits, alive = (head, 0.0) if stage.is_last and head > block else (0.0, block)
         if update > activations + logits + alive:
             activations = logits = alive = 0.0
         else:
@@ -206,8 +213,11 @@ def _groups(layout: Layout) -> tuple[int, ...]:
     return layout.tp, layout.cp, layout.pp, layout.dp * layout.cp, layout.ep * layout.etp
 
 
-def _workspace(workload: Workload) -> float:
-    """Bytes alive for a moment at the turn from forward to backward, but for what is computed again."""
+def _workspace(workload: Workload, share: float = 1.0) -> float:
+    """Bytes alive for a moment at the turn from forward to backward, but for what is computed again.
+
+    share: of the tokens, those that a block computes at once.
+    """
     model, layout = workload.model, workload.layout
     widest = max(model.ffn, model.shared_expert_ffn, model.head_dim * model.heads) / layout.tp
     matrices = model.gated + 1
@@ -217,7 +227,7 @@ def _workspace(workload: Workload) -> float:
     )
     # Where SwiGLU is one kernel that keeps what it is given alone, its result is gone before its gradient is made.
     live = matrices if workload.own_kernels else matrices + 1
-    elements = workload.tokens * (2 * model.hidden + live * widest) + largest_weight
+    elements = workload.tokens * (2 * model.hidden + share * live * widest) + largest_weight
     if workload.zero_stage == 3:
         # A layer's weights are made whole, and by prefetching those of the next.
         experts = model.experts / layout.ep * model.expert_parameters / layout.etp if model.moe_layers else 0.0

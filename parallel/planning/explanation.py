@@ -42,7 +42,8 @@ class Neighbour:
             kinds, modules = (side[1:] for side in self.change)
             before, after = (recompute_label(*side) for side in zip(kinds, modules, strict=True))
             return f"recompute {before} -> {after}"
-        return ", ".join(f"{name} {before} -> {after}" for name, before, after in self.change)
+        shown = ((name, *("null" if side is None else side for side in sides)) for name, *sides in self.change)
+        return ", ".join(f"{name} {before} -> {after}" for name, before, after in shown)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -162,6 +163,7 @@ def _turns(chosen: JobSpec) -> Iterator[dict[str, Any]]:
     yield from ({"zero_stage": other} for other in _others(layout, "zero_stage") if abs(other - stage) == 1)
     for name in ("offload_optimizer", "offload_parameters"):
         yield {name: "cpu" if layout.options[name] == "none" else "none"}
+    yield {"offload_activations": "auto" if layout.offload_activations is None else None}
     yield {"optimizer_replicas": 2 * layout.options["optimizer_replicas"]}
     free = chosen.model_copy(
         update={"layout": layout.model_copy(update={"recompute": None, "recompute_modules": None})}

@@ -232,7 +232,7 @@ def test_earlier_stages_hold_more_micro_batches(make_job: Any) -> None:
     assert interleaved.host_bytes / interleaved.layers[0].copied == pytest.approx((2 * 3 + 4 + 1) / 2 * 8)
 
 
-def test_whole_layers_computed_again_leave_nothing_to_swap(make_job: Any) -> None:
+def test_of_whole_layers_computed_again_their_inputs_go(make_job: Any) -> None:
     step = replace(Workload.of(make_job("llama3_8b", "h200_x8"), Layout(), 1), recompute=frozenset({"layer"}))
-    with pytest.raises(InputError, match=r"layout.recompute=full: .*nearest valid: none"):
-        plan_swap(step, 0, ROOMY, 1.0)
+    assert skeletal(step, moe=False) == Skeletal(2 * 4096 * 4096, 0.0, 0.0)
+    assert plan_swap(step, 0, ROOMY, 1.0).host_bytes == 30 * 2 * 4096 * 4096

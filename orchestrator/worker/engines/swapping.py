@@ -6,10 +6,8 @@ import torch
 
 from jobs.spec import JobSpec
 from orchestrator.worker.host_memory import available_bytes
+from parallel.estimates.swapping import HOST_SHARE
 from parallel.offload import Swap
-
-HOST_SHARE = 0.8
-"""Of the memory that is free when a rank begins, for all ranks of its machine together."""
 
 
 def swapping(job: JobSpec, device: torch.device) -> Swap | None:
@@ -17,4 +15,5 @@ def swapping(job: JobSpec, device: torch.device) -> Swap | None:
     fraction = job.layout.offload_activations
     if fraction is None:
         return None
+    assert fraction != "auto", "a plan has made it a number"
     return Swap(device, fraction, HOST_SHARE * available_bytes() / job.cluster.devices_per_node)
