@@ -16,7 +16,9 @@ from orchestrator.control import calibrated, picture, plan_tables, session
 from orchestrator.control.measured import Store
 from parallel.estimates.hardware import Hardware
 from parallel.estimates.swapping import notices as swapping_notices
+from parallel.estimates.workload import Workload
 from parallel.fssdp_means import unshared
+from parallel.layout import Layout
 from parallel.planning import planner
 from parallel.planning.budget import Budget
 from parallel.planning.deepspeed_config import deepspeed_config, outside_the_config
@@ -64,12 +66,13 @@ def answer(name: str, overrides: Sequence[str], asked: Questions, root: str) -> 
     planning = planner.plan_job(job, device) if store is None else calibrated.plan(job, store)
     session.with_weights(job, here=False)
     best = planning.plans[0]
-    announce_unshared(planner.resolve(job, best))
-    announce_swapping(job, best, device)
+    chosen = planner.resolve(job, best)
+    announce_unshared(chosen)
+    announce_swapping(chosen, job.layout.offload_activations, device)
     document["measured"] = len(store.rows) if store else 0
     document |= _ranked(job, planning, asked.top, budget)
     if asked.format is not None:
-        return document | {asked.format: _FORMATS[asked.format](planner.resolve(job, best), quiet=asked.quiet)}
+        return document | {asked.format: _FORMATS[asked.format](chosen, quiet=asked.quiet)}
     if not asked.quiet:
         plan_tables.planning(job, planning, asked.top, budget, document["measured"])
     if asked.what_if:
@@ -100,10 +103,15 @@ def announce_unshared(job: JobSpec) -> None:
         print(f"fivefold: {reason}", file=sys.stderr)
 
 
-def announce_swapping(job: JobSpec, plan: planner.Plan, device: Hardware) -> None:
-    """Say where swapped activations stall, or host memory does not hold them, as a job asks for it and at a plan."""
-    for text in swapping_notices(planner.asked_of(job, plan), device):
-        print(f"fivefold: {text}", file=sys.stderr)
+def announce_swapping(job: JobSpec, share: float | str | None, device: Hardware) -> None:
+    """Say where swapped activations stall, or host memory does not hold them.
+
+    Of a job with every degree given; share: as it was asked for, which may be auto.
+    """
+    if share is not None:
+        asked = job.model_copy(update={"layout": job.layout.model_copy(update={"offload_activations": share})})
+        for text in swapping_notices(Workload.of(asked, Layout.of(job.layout), job.layout.micro_batch or 1), device):
+            print(f"fivefold: {text}", file=sys.stderr)
 
 
 def _check(job: JobSpec, asked: Questions) -> None:

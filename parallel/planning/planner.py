@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any
 
@@ -15,7 +15,7 @@ from parallel.estimates.hardware import Hardware, hardware
 from parallel.estimates.memory import MemoryEstimate, estimate_memory
 from parallel.estimates.software import Software, spread
 from parallel.estimates.swapping import settled
-from parallel.estimates.workload import Swapping, Workload
+from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 from parallel.planning import options
 from parallel.planning.refusals import nothing_runs
@@ -170,13 +170,6 @@ def _swapped(workload: Workload, device: Hardware) -> dict[str, Any]:
 def step_of(job: JobSpec, plan: Plan) -> Workload:
     """The job's step as planned."""
     return Workload.of(resolve(job, plan), plan.layout, plan.micro_batch)
-
-
-def asked_of(job: JobSpec, plan: Plan) -> Workload:
-    """The same, with activations swapped as the job asks for it, which may be auto."""
-    share = job.layout.offload_activations
-    step = step_of(job, plan)
-    return step if share is None else replace(step, swapping=Swapping(share, job.cluster.device == "cuda"))
 
 
 def resolve(job: JobSpec, plan: Plan) -> JobSpec:

@@ -107,6 +107,13 @@ def test_auto_becomes_the_share_of_swapped_tokens(make_job: Any, engine: str) ->
     assert plan_job(make_job("llama3_8b", "h200_x8", alone | {"offload_activations": "auto"}, **shape)).plans
 
 
+@pytest.mark.parametrize("share", ["auto", 0.5])
+def test_auto_is_refused_where_a_share_is(make_job: Any, share: Any) -> None:
+    dropping = {"capacity_factor": 1.0}
+    with pytest.raises(InputError, match=f"^layout.offload_activations={share}: tokens come to experts in two parts"):
+        plan_job(make_job("mixtral_8x7b", "h200_x8", {"offload_activations": share}, model_changes=dropping))
+
+
 def test_where_host_memory_holds_too_little_auto_becomes_null(make_job: Any) -> None:
     job = make_job("llama3_8b", "h200_x8", {"offload_activations": "auto", "tp": 8})
     device = replace(device_of(job), host_memory_bytes=10**6)
