@@ -119,12 +119,10 @@ class LayoutSpec(Spec):
     offload_parameters: Literal["none", "cpu", "nvme"] | None = Field(
         None, description="where weights are; null plans none or cpu"
     )
-    offload_activations: float | None = Field(
+    offload_activations: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = Field(
         None,
-        ge=0,
-        le=1,
         description="share of tokens whose activations go to host memory until backward, which computes the others "
-        "again; null: all stay",
+        "again; auto: planned, as many as the link to the host carries behind the layers' own work; null: all stay",
     )
     nvme_folder: str | None = Field(None, description="where nvme offload keeps its files, on every node")
 
@@ -146,6 +144,14 @@ class LayoutSpec(Spec):
     expert_loads: str | None = Field(
         None, description="expert_loads.jsonl of an earlier run, by which the plan knows routing; null: assumed"
     )
+
+    @field_validator("offload_activations", mode="before")
+    @classmethod
+    def _a_share(cls, share: object) -> object:
+        is_number = isinstance(share, int | float) and not isinstance(share, bool)
+        if share not in (None, "auto") and not (is_number and 0 <= float(str(share)) <= 1):
+            raise ValueError("is auto, null or a share from 0 to 1")
+        return share
 
     @field_validator("expert_loads")
     @classmethod

@@ -35,14 +35,16 @@ def _resolved(options: argparse.Namespace, *, here: bool) -> tuple[Any, Any]:
     from jobs import compose
     from orchestrator.control import calibrated, need, session
     from orchestrator.control.measured import Store
-    from orchestrator.control.planning import announce, announce_unshared
+    from orchestrator.control.planning import announce, announce_swapping, announce_unshared
     from parallel.planning import planner
 
     job = compose.compose(options.job, options.overrides)
-    announce(planner.device_of(job))
+    announce(device := planner.device_of(job))
     planning = calibrated.plan(job, Store(options.run_root, job))
+    share = job.layout.offload_activations
     job = planner.resolve(job, planning.plans[0])
     announce_unshared(job)
+    announce_swapping(job, share, device)
     session.check_fault(job)
     need.engines()
     return session.with_weights(job, here=here), planning
@@ -162,9 +164,13 @@ def resume(options: argparse.Namespace) -> Answer:
 def _resume(run: RunFolder, options: argparse.Namespace) -> Answer:
     from orchestrator import manifests
     from orchestrator.control import cluster, need, session
+    from orchestrator.control.planning import announce_swapping
+    from parallel.planning import planner
 
     status = session.check_resumable(run)
     job = session.resumed_job(run, options.overrides)
+    share = "auto" if "layout.offload_activations=auto" in options.overrides else job.layout.offload_activations
+    announce_swapping(job, share, planner.device_of(job))
     need.engines()
     if not manifests.steps(run):
         job = session.with_weights(job, here=status.get("where") == "here")

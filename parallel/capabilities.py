@@ -174,7 +174,7 @@ JOB_RULES = (
         "layout.recompute",
         BOTH,
         when(
-            lambda job: bool(job.layout.offload_activations) and job.layout.recompute == "full",
+            lambda job: job.layout.offload_activations not in (None, 0, "auto") and job.layout.recompute == "full",
             "whole layers are computed again, and with layout.offload_activations above 0 tokens that would not be",
         ),
         nearest="none",

@@ -20,7 +20,7 @@ from typing import Literal
 
 from jobs.errors import InputError
 from parallel.estimates.activations import computed_again, layer_parts, most_routed_rows, routed_rows
-from parallel.estimates.memory import in_flight, stages
+from parallel.estimates.stages import in_flight, stages
 from parallel.estimates.workload import Workload
 
 Rows = Literal["expected", "most"]
@@ -114,21 +114,23 @@ class SwapPlan:
 
 
 def skeletal(workload: Workload, moe: bool, rows: Rows = "expected") -> Skeletal:
-    """Of one layer, dense or MoE. What the workload recomputes in any case is not kept.
+    """Of one layer, dense or MoE. What the workload recomputes in any case is not kept; of whole layers, all but their
+    input.
 
     Attention that writes its scores keeps them whole, since no token's can be made alone.
     """
-    if "layer" in workload.recompute:
-        raise InputError("layout.recompute", "full", "nothing is kept of a layer but its input", "none")
     routed = (routed_rows if rows == "expected" else most_routed_rows)(workload) if moe else 0.0
     parts = layer_parts(workload, moe, routed)
-    for name in computed_again(parts, workload.recompute):
+    # Query, key and value are joined of tokens that go and others: they lie apart from what they were made of.
+    for name in ("unrotated", *computed_again(parts, workload.recompute)):
         parts[name] = 0.0
     model, layout = workload.model, workload.layout
     width = model.heads * (model.value_head_dim if model.is_multi_latent else model.head_dim)
     output = workload.element * workload.micro_batch * workload.sequence_length / layout.cp * width / layout.tp
     # Of the two residuals that a layer keeps the first is its input.
     layer_input, attention = parts["residual"] / 2, output + parts["core_attn"]
+    if "layer" in workload.recompute:
+        return Skeletal(layer_input, 0.0, 0.0)
     return Skeletal(layer_input, attention, sum(parts.values()) - layer_input - attention)
 
 
@@ -159,12 +161,7 @@ def swap_layers(kinds: Sequence[Layers], flying: float, host: Host) -> SwapPlan:
     flying: micro-batches in flight, in units of all the stage's layers. InputError as of `plan_swap`.
     """
     alone = flying <= 1
-    # Alone, the two layers last made stay; of the last kind, and where it has one layer only, of the one before.
-    hosted: list[float] = []
-    staying = 2 if alone else 0
-    for kind in reversed(kinds):
-        hosted.insert(0, max(0.0, kind.number * flying - staying))
-        staying = max(0, staying - kind.number)
+    hosted = layers_hosted([kind.number for kind in kinds], flying)
     mandatory = sum(number * kind.kept.mandatory for number, kind in zip(hosted, kinds, strict=True))
     rest = sum(number * kind.kept.rest for number, kind in zip(hosted, kinds, strict=True))
     memory, bandwidth = host.rank_memory_bytes, host.rank_bytes_per_second
@@ -210,6 +207,19 @@ def swap_layers(kinds: Sequence[Layers], flying: float, host: Host) -> SwapPlan:
         buffer_bytes=buffers * max(kind.kept.total for kind in kinds),
         notice="; ".join(notices),
     )
+
+
+def layers_hosted(numbers: Sequence[int], flying: float) -> list[float]:
+    """Of the layers of each kind, over all micro-batches in flight, those whose activations go to the host.
+
+    Alone, the two layers last made stay; of the last kind, and where it has one layer only, of the one before.
+    """
+    hosted: list[float] = []
+    staying = 2 if flying <= 1 else 0
+    for number in reversed(numbers):
+        hosted.insert(0, max(0.0, number * flying - staying))
+        staying = max(0, staying - number)
+    return hosted
 
 
 def _share(left: float, rest: float) -> float:

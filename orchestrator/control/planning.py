@@ -15,12 +15,16 @@ from jobs.spec import JobSpec
 from orchestrator.control import calibrated, picture, plan_tables, session
 from orchestrator.control.measured import Store
 from parallel.estimates.hardware import Hardware
+from parallel.estimates.swapping import notices as swapping_notices
+from parallel.estimates.workload import Workload
 from parallel.fssdp_means import unshared
+from parallel.layout import Layout
 from parallel.planning import planner
 from parallel.planning.budget import Budget
 from parallel.planning.deepspeed_config import deepspeed_config, outside_the_config
 from parallel.planning.explanation import explain
 from parallel.planning.megatron_flags import megatron_flags
+from parallel.planning.options import without_a_name
 from parallel.planning.shapes import sweep
 from parallel.planning.what_if import changed
 
@@ -62,11 +66,13 @@ def answer(name: str, overrides: Sequence[str], asked: Questions, root: str) -> 
     planning = planner.plan_job(job, device) if store is None else calibrated.plan(job, store)
     session.with_weights(job, here=False)
     best = planning.plans[0]
-    announce_unshared(planner.resolve(job, best))
+    chosen = planner.resolve(job, best)
+    announce_unshared(chosen)
+    announce_swapping(chosen, job.layout.offload_activations, device)
     document["measured"] = len(store.rows) if store else 0
     document |= _ranked(job, planning, asked.top, budget)
     if asked.format is not None:
-        return document | {asked.format: _FORMATS[asked.format](planner.resolve(job, best), quiet=asked.quiet)}
+        return document | {asked.format: _FORMATS[asked.format](chosen, quiet=asked.quiet)}
     if not asked.quiet:
         plan_tables.planning(job, planning, asked.top, budget, document["measured"])
     if asked.what_if:
@@ -95,6 +101,17 @@ def announce_unshared(job: JobSpec) -> None:
     reason = unshared(job)
     if reason:
         print(f"fivefold: {reason}", file=sys.stderr)
+
+
+def announce_swapping(job: JobSpec, share: float | str | None, device: Hardware) -> None:
+    """Say where swapped activations stall, or host memory does not hold them.
+
+    Of a job with every degree given; share: as it was asked for, which may be auto.
+    """
+    if share is not None:
+        asked = job.model_copy(update={"layout": job.layout.model_copy(update={"offload_activations": share})})
+        for text in swapping_notices(Workload.of(asked, Layout.of(job.layout), job.layout.micro_batch or 1), device):
+            print(f"fivefold: {text}", file=sys.stderr)
 
 
 def _check(job: JobSpec, asked: Questions) -> None:
@@ -142,6 +159,8 @@ def _megatron(job: JobSpec, *, quiet: bool) -> list[str]:
     flags = megatron_flags(job)
     if not quiet:
         print("\n".join(flags))
+        for text in without_a_name(job.layout):
+            print(f"not among the flags: {text}", file=sys.stderr)
     return flags
 
 

@@ -237,7 +237,7 @@ def command(verb: str, name: str, overrides: Sequence[str], job: JobSpec, plan: 
     chosen = {axis: plan.layout.degree(axis) for axis in DEGREES} | {"micro_batch": plan.micro_batch}
     ways = [way.layout.options for way in variants(job)]
     for option, value in plan.options.items():
-        if value != () and any(way[option] != value for way in ways):
+        if value != () and any(way.get(option) != value for way in ways):
             chosen[option] = value
     free = [each for each in overrides if each.partition("=")[0] not in {f"layout.{field}" for field in chosen}]
     return " ".join(

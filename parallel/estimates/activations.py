@@ -95,6 +95,8 @@ def layer_parts(workload: Workload, moe: bool, routed: float) -> dict[str, float
         "core_attn": _scores(attention, _score_elements(workload), tokens, model, tp),
         # FlashAttention 1 takes query, key and value in one tensor: a copy.
         "packed": row * (model.heads + 2 * model.kv_heads) * model.head_dim / tp if attention == "flash1" else 0.0,
+        # Queries and keys as they were before they were rotated, which lie in one tensor with value.
+        "unrotated": row * (model.heads + model.kv_heads) * model.head_dim / tp if workload.own_kernels else 0.0,
     }
     # Of a feed-forward block's width: what the activation takes, and what it makes.
     taken, made = (2, 1 + copies) if model.gated else (1, 1)

@@ -13,10 +13,12 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from parallel.estimates.hardware import Hardware
-from parallel.estimates.layers import Cost, Parts, head, layer, layer_parts
-from parallel.estimates.memory import Kind, Stage, kinds
+from parallel.estimates.layers import Cost, Parts, computed_by_token, head, layer, layer_parts
+from parallel.estimates.layers import total as summed
 from parallel.estimates.network import Network
 from parallel.estimates.software import Software, software
+from parallel.estimates.stages import Kind, Stage, kinds
+from parallel.estimates.swapping import LayerSeconds, recomputed_share, settled, stall_seconds
 from parallel.estimates.workload import Workload, kept_by
 
 SENDING_PROCESSORS = 24
@@ -55,6 +57,10 @@ class TimeEstimate:
     """Of a step, whatever its size."""
     unexplained: float = 0.0
     """What measured steps say beyond these parts (evidence/calibration.py); below 0 where they were shorter."""
+    recomputed: float = 0.0
+    """Tokens whose activations are not swapped, computed again; their collectives are with the others."""
+    stall: float = 0.0
+    """Waiting for activations on their way to the host and back."""
 
     @property
     def total(self) -> float:
@@ -71,11 +77,13 @@ class _Pass(NamedTuple):
     context: float
     forward: float
     backward: float
+    again: float
+    """Computing tokens again whose activations were not swapped."""
 
     @property
     def total(self) -> float:
-        """But for what is sent to other stages."""
-        return self.compute + self.launch + self.tensor + self.expert + self.context
+        """But for what is sent to other stages, and stalls."""
+        return self.compute + self.launch + self.tensor + self.expert + self.context + self.again
 
 
 class _Once(NamedTuple):
@@ -92,14 +100,16 @@ class _Once(NamedTuple):
 def estimate_time(workload: Workload, hardware: Hardware, run_by: Software | None = None) -> TimeEstimate:
     """Seconds of one step, forward to optimizer; `run_by` stands for what is known of workload.software."""
     ours = run_by or software(workload.software)
+    if workload.swapping is not None:
+        workload = settled(workload, hardware)
     network = Network(hardware, workload.devices_per_node)
     layout, micro_batches = workload.layout, workload.micro_batches
     alike = kinds(workload)
-    passes, totals, sends = _passes(workload, alike, network, ours)
+    passes, totals, sends, stalls = _passes(workload, alike, network, ours)
     every = sum(kind.number * total for kind, total in zip(alike, totals, strict=True))
     slowest: tuple[float, ...] = ()
     longest = -1.0
-    for kind, one, total in zip(alike, passes, totals, strict=True):
+    for kind, one, total, stall in zip(alike, passes, totals, stalls, strict=True):
         once = _once(workload, kind.stage, hardware, ours)
         bubble = (every - total) / layout.vpp
         data = _exposed(workload, one, once, ours)
@@ -115,6 +125,9 @@ def estimate_time(workload: Workload, hardware: Hardware, run_by: Software | Non
                 once.optimizer,
                 offload,
                 ours.step_seconds,
+                0.0,
+                micro_batches * one.again,
+                micro_batches * stall,
             )
     return TimeEstimate(*slowest)
 
@@ -122,8 +135,10 @@ def estimate_time(workload: Workload, hardware: Hardware, run_by: Software | Non
 def least_time(workload: Workload, hardware: Hardware) -> float:
     """Seconds that a step takes at least: its schedule, without what is done once a step. It is quickly found."""
     ours = software(workload.software)
+    if workload.swapping is not None:
+        workload = settled(workload, hardware)
     alike = kinds(workload)
-    _, totals, _ = _passes(workload, alike, Network(hardware, workload.devices_per_node), ours)
+    _, totals, _, _ = _passes(workload, alike, Network(hardware, workload.devices_per_node), ours)
     longest = max(totals)
     every = sum(kind.number * total for kind, total in zip(alike, totals, strict=True))
     # A hair less, for sums in another order.
@@ -132,12 +147,14 @@ def least_time(workload: Workload, hardware: Hardware) -> float:
 
 def _passes(
     workload: Workload, alike: tuple[Kind, ...], network: Network, ours: Software
-) -> tuple[list[_Pass], list[float], float]:
-    """Of each kind of stage: a micro-batch, its seconds with sends; and those of sends."""
+) -> tuple[list[_Pass], list[float], float, list[float]]:
+    """Of each kind of stage: a micro-batch, its seconds with sends and stalls; those of sends, and those of stalls."""
     shape = _shape(workload, network.hardware, ours)
     passes = [shape.of(kind.stage, workload.layout.world) for kind in alike]
-    sends = _sends(workload, network, ours)
-    return passes, [one.total + sends for one in passes], sends
+    sends, stalls = _sends(workload, network, ours), [0.0] * len(alike)
+    if workload.swapping is not None:
+        stalls = [stall_seconds(workload, network.hardware, kind, shape.layer_seconds) for kind in alike]
+    return passes, [one.total + sends + stall for one, stall in zip(passes, stalls, strict=True)], sends, stalls
 
 
 class _Shape:
@@ -150,7 +167,19 @@ class _Shape:
         sending = min(1.0, SENDING_PROCESSORS / hardware.processors)
         self._overlap = sending if workload.experts_overlap else 0.0
         dense, moe, last = _parts(workload, hardware, ours)
-        self._costs = tuple(zip(layer(dense, workload.recompute), layer(moe, workload.recompute), last, strict=True))
+        costs = layer(dense, workload.recompute), layer(moe, workload.recompute)
+        self._again = (0.0, 0.0)
+        if workload.swapping is not None:
+            share = recomputed_share(workload)
+            again = computed_by_token(dense, share), computed_by_token(moe, share)
+            self._again = again[0].backward, again[1].backward
+            costs = summed((costs[0], again[0])), summed((costs[1], again[1]))
+        self.layer_seconds = tuple(
+            LayerSeconds(cost.forward + cost.collectives_forward, cost.backward + cost.collectives_backward)
+            for cost in costs
+        )
+        """Of a dense layer and of an MoE layer."""
+        self._costs = tuple(zip(*costs, last, strict=True))
         self._stages: dict[tuple[Stage, int], _Pass] = {}
 
     def of(self, stage: Stage, world: int) -> _Pass:
@@ -167,7 +196,8 @@ class _Shape:
         forward, backward = slowest * cost.forward, slowest * (cost.backward + summing)
         waits = _waits(host, forward + cost.collectives_forward)
         waits += _waits(2 * host, backward + cost.collectives_backward)
-        compute, expert = forward + backward, cost.expert_forward + cost.expert_backward
+        again = slowest * (dense_layers * self._again[0] + moe_layers * self._again[1])
+        compute, expert = forward + backward - again, cost.expert_forward + cost.expert_backward
         if self._overlap:
             # While tokens travel, the kernels that send them keep their share of the processors from computation.
             compute += self._overlap * expert
@@ -180,11 +210,16 @@ class _Shape:
             context=cost.context_forward + cost.context_backward,
             forward=forward + cost.collectives_forward,
             backward=backward + cost.collectives_backward,
+            again=again,
         )
 
 
 _SHAPED_BY = (
-    *(field.name for field in fields(Workload) if field.name not in (*BY_STEP, "layout", "global_batch")),
+    *(
+        field.name
+        for field in fields(Workload)
+        if field.name not in (*BY_STEP, "layout", "global_batch", "own_kernels")
+    ),
     *(f"layout.{degree}" for degree in ("tp", "cp", "ep", "etp", "sp")),
 )
 """On which the cost of a micro-batch depends: not on how many replicas and stages there are."""

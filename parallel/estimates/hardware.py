@@ -76,6 +76,8 @@ class Hardware:
     host_link: Link
     host_adam_bytes_per_second: float
     """Memory traffic of Adam on the host, one device's share."""
+    host_memory_bytes: int = 0
+    """Of the machine's main memory, one device's share; 0: not known. A CPU's is its memory_bytes."""
     stands_for: str = ""
     """The device that was asked for, where it has no profile and this is the nearest one's."""
 
@@ -103,7 +105,11 @@ class Hardware:
 
 
 _LINKS = ("fast_link", "network_link", "host_link")
-_MAY_BE_ZERO = ("memory_bytes", "reserved_bytes", "half_depth", "kernel_seconds", "collective_seconds")
+_MAY_BE_ZERO = (
+    *("memory_bytes", "reserved_bytes", "half_depth", "kernel_seconds", "collective_seconds", "host_memory_bytes"),
+)
+_UNKNOWN = {"host_memory_bytes": {"value": 0, "source": "not told"}}
+"""Of profiles that were measured before it was."""
 _FOLDER = files("parallel.estimates") / "profiles"
 
 
@@ -134,6 +140,7 @@ def read_profile(text: str, where: str) -> Hardware:
         raise InputError(
             where, None, 'is no profile: {"name": "...", "memory_bytes": {"value": 1, "source": "..."}, ...}'
         )
+    given = _UNKNOWN | given
     missing = [name for name in WANTED if name not in given]
     missing += [f"{name}.source" for name in WANTED if name in given and not given[name].get("source")]
     missing += [f"{name}.value" for name in WANTED if name in given and "value" not in given[name]]
@@ -208,9 +215,11 @@ def _text(path: Path) -> str:
 def _share_of_this_machine(core: Hardware, ranks: int) -> Hardware:
     """The machine's memory and cores divided by its ranks; `core` has the rates of one core."""
     cores = min(1.0, (os.cpu_count() or 1) / ranks)
+    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
     return replace(
         core,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks,
+        memory_bytes=share,
+        host_memory_bytes=share,
         memory_bytes_per_second=core.memory_bytes_per_second * cores,
         bf16_flops=core.bf16_flops * cores,
         fp32_flops=core.fp32_flops * cores,

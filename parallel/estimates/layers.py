@@ -77,6 +77,12 @@ def layer(parts: Parts, recompute: frozenset[str]) -> Cost:
     return total([*parts.values(), *(parts[name].again for name in again)])
 
 
+def computed_by_token(parts: Parts, share: float) -> Cost:
+    """What backward adds where it computes this share of the tokens again: all of a layer but attention itself."""
+    once = total(part.again for name, part in parts.items() if name != "core_attn")
+    return Cost(*(share * seconds for seconds in once))
+
+
 def total(costs: Iterable[Cost]) -> Cost:
     return Cost(*map(sum, zip(Cost(), *costs, strict=True)))
 

@@ -7,19 +7,18 @@ sum is fitted by memory_fitting.py.
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from math import erf, hypot, sqrt
 from typing import NamedTuple
 
-from jobs.architecture import ModelArchitecture
 from parallel.estimates.activations import LayerBytes, layer_bytes
 from parallel.estimates.copies import copies_bytes
 from parallel.estimates.hardware import Hardware
+from parallel.estimates.stages import Stage, in_flight, kinds, stages
+from parallel.estimates.swapping import at_once, bytes_here, settled
 from parallel.estimates.workload import Workload, kept_by
 from parallel.layout import Layout
 
@@ -35,6 +34,9 @@ LIKELY_OUT = 0.5
 LOGIT_ELEMENTS = {"parallel": 4, "fused": 2}
 """Of a logit, in elements of the weights' 2 bytes: itself, its gradient, and the fp32 softmax that the loss keeps where
 it is not one kernel."""
+
+CHUNK_LOGITS = 1 << 27
+"""At once, where a head makes them by chunks and keeps the gradient of hidden states (kernels/cross_entropy.py)."""
 
 COMMUNICATOR_SHARE = 0.175
 """Of a profile's reserve, which is measured with five communicators, what each of them takes: on an H200 0.67 of 3.84
@@ -89,76 +91,6 @@ class MemoryEstimate:
     def p_out_of_memory(self, device_bytes: float) -> float:
         """That a device of so many bytes does not hold it, by a normal distribution."""
         return 0.5 * (1 + erf((self.total - device_bytes) / (sqrt(2) * self.spread)))
-
-
-class Stage(NamedTuple):
-    """What a pipeline stage holds: numbers of layers, and one rank's parameters, by where they are reduced."""
-
-    dense_layers: int
-    moe_layers: int
-    is_last: bool
-    dense_parameters: int
-    """Reduced over DP x CP."""
-    expert_parameters: int
-    """Reduced over EDP."""
-
-
-def stages(model: ModelArchitecture, layout: Layout) -> tuple[Stage, ...]:
-    """The pipeline's stages, first to last; with virtual stages, which are dealt out in turn.
-
-    Layers that are left over go one each to the virtual stages after the first, which has the embedding.
-    """
-    tp, pp, ep, etp = layout.tp, layout.pp, layout.ep, layout.etp
-    parts = pp * layout.vpp
-    per_chunk, over = divmod(model.layers, parts)
-    starts = [per_chunk * part + min(over, max(0, part - 1)) for part in range(parts + 1)]
-    starts[-1] = model.layers
-    if layout.stage_layers is not None:
-        starts = [0, *itertools.accumulate(layout.stage_layers)]
-    every_layer = model.attention_split_parameters // tp + model.attention_replicated_parameters + model.norm_parameters
-    dense_ffn = model.ffn_parameters // tp
-    gate = model.hidden * model.shared_expert_gate
-    moe_ffn = model.router_parameters + (model.shared_expert_parameters - gate) // tp + gate
-    experts = model.experts // ep * model.expert_parameters // etp
-    table = model.embedding_parameters // tp
-    found = []
-    for index in range(pp):
-        is_first, is_last = index == 0, index == pp - 1
-        held = [(starts[part], starts[part + 1]) for part in range(index, parts, pp)]
-        per_stage = sum(end - start for start, end in held)
-        dense = sum(max(0, min(end, model.dense_layers) - start) for start, end in held)
-        moe = per_stage - dense
-        # The head is a table of its own; tied, the last stage still needs its copy unless it is the first as well.
-        tables = is_first + (is_last and not (is_first and model.tied_embeddings))
-        found.append(
-            Stage(
-                dense_layers=dense,
-                moe_layers=moe,
-                is_last=is_last,
-                dense_parameters=per_stage * every_layer
-                + dense * dense_ffn
-                + moe * moe_ffn
-                + tables * table
-                + is_last * model.hidden,
-                expert_parameters=moe * experts,
-            )
-        )
-    return tuple(found)
-
-
-class Kind(NamedTuple):
-    """Stages of equal shape."""
-
-    stage: Stage
-    first: int
-    """Number of the first of them, from 0."""
-    number: int
-
-
-@kept_by("model", *(f"layout.{degree}" for degree in ("tp", "pp", "vpp", "ep", "etp", "stage_layers")))
-def kinds(workload: Workload) -> tuple[Kind, ...]:
-    every = stages(workload.model, workload.layout)
-    return tuple(Kind(stage, every.index(stage), number) for stage, number in Counter(every).items())
 
 
 def estimate_memory(workload: Workload, device: Hardware) -> MemoryEstimate:
@@ -227,7 +159,7 @@ class _Passing(NamedTuple):
 
 @kept_by(
     *("model", "sequence_length", "micro_batch", "precision", "recompute", "attention_kernel", "fused_norm"),
-    *("activation_copies", "loss", "load", "zero_stage"),
+    *("activation_copies", "loss", "own_kernels", "load", "zero_stage"),
     *("layout.tp", "layout.cp", "layout.sp", "layout.ep", "layout.etp"),
 )
 def _passing(workload: Workload) -> _Passing:
@@ -238,8 +170,11 @@ def _passing(workload: Workload) -> _Passing:
     logit_bytes = FITTED["whole_logit_bytes"]
     if workload.loss != "whole":
         logit_bytes = LOGIT_ELEMENTS[workload.loss] * element / tp
+    logits = workload.tokens * model.vocab * logit_bytes
+    if workload.own_kernels and tp == 1:
+        logits = element * (min(CHUNK_LOGITS, workload.tokens * model.vocab) + workload.tokens * model.hidden)
     head = max(
-        workload.tokens * model.vocab * logit_bytes,
+        logits,
         model.embedding_parameters / tp * HEAD_GRADIENT_ELEMENTS * element,
     )
     return _Passing(dense.kept, moe.kept, _workspace(workload) + max(dense.again, moe.again), head)
@@ -247,16 +182,22 @@ def _passing(workload: Workload) -> _Passing:
 
 def _parts(workload: Workload, device: Hardware, asked: tuple[_Held, ...]) -> list[tuple[int, ...]]:
     """Fields of MemoryEstimate for some of the stages."""
+    if workload.swapping is not None:
+        workload = settled(workload, device)
     layout, micro_batches = workload.layout, workload.micro_batches
     dense, moe, workspace, head = _passing(workload)
-    workspace += copies_bytes(workload, device)
+    copies = copies_bytes(workload, device)
+    workspace += copies
     reserved = device.reserved_bytes * (1 - COMMUNICATOR_SHARE * _groups(layout).count(1))
     found: list[tuple[int, ...]] = []
     for place, stage, weights, gradients, optimizer, update in asked:
         layers = stage.dense_layers * dense + stage.moe_layers * moe
-        activations = in_flight(layout, place, micro_batches) * layers
+        activations, block = in_flight(layout, place, micro_batches) * layers, workspace
+        if workload.swapping is not None:
+            activations, block = bytes_here(workload, device, place, stage, _workspace(workload, at_once(workload)))
+            block += copies
         # The head's turn is over before a block's begins: the larger of the two counts.
-        logits, alive = (head, 0.0) if stage.is_last and head > workspace else (0.0, workspace)
+        logits, alive = (head, 0.0) if stage.is_last and head > block else (0.0, block)
         if update > activations + logits + alive:
             activations = logits = alive = 0.0
         else:
@@ -272,16 +213,11 @@ def _groups(layout: Layout) -> tuple[int, ...]:
     return layout.tp, layout.cp, layout.pp, layout.dp * layout.cp, layout.ep * layout.etp
 
 
-def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
-    """Micro-batches whose activations a stage holds at once, in units of all its layers (Narayanan et al. 2021)."""
-    if layout.vpp == 1:
-        return min(micro_batches, layout.pp - stage)
-    chunks = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
-    return min(micro_batches * layout.vpp, chunks) / layout.vpp
+def _workspace(workload: Workload, share: float = 1.0) -> float:
+    """Bytes alive for a moment at the turn from forward to backward, but for what is computed again.
 
-
-def _workspace(workload: Workload) -> float:
-    """Bytes alive for a moment at the turn from forward to backward, but for what is computed again."""
+    share: of the tokens, those that a block computes at once.
+    """
     model, layout = workload.model, workload.layout
     widest = max(model.ffn, model.shared_expert_ffn, model.head_dim * model.heads) / layout.tp
     matrices = model.gated + 1
@@ -289,7 +225,9 @@ def _workspace(workload: Workload) -> float:
         matrices * model.hidden * model.ffn / layout.tp,
         matrices * model.hidden * model.expert_ffn / layout.etp,
     )
-    elements = workload.tokens * (2 * model.hidden + (matrices + 1) * widest) + largest_weight
+    # Where SwiGLU is one kernel that keeps what it is given alone, its result is gone before its gradient is made.
+    live = matrices if workload.own_kernels else matrices + 1
+    elements = workload.tokens * (2 * model.hidden + share * live * widest) + largest_weight
     if workload.zero_stage == 3:
         # A layer's weights are made whole, and by prefetching those of the next.
         experts = model.experts / layout.ep * model.expert_parameters / layout.etp if model.moe_layers else 0.0

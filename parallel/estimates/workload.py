@@ -32,6 +32,16 @@ logits; or of whole logits on every rank, by torch in fp32."""
 
 
 @dataclass(frozen=True)
+class Swapping:
+    """Activations go to host memory until backward (parallel/offload.py)."""
+
+    share: float | Literal["auto"]
+    """Of the tokens, the others being computed again; auto: as the closed form of parallel/swap.py has it."""
+    leaves: bool = True
+    """False on a CPU, whose memory is its device's."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """One step of a model at a layout. All sizes are of the whole job unless said otherwise."""
 
@@ -54,6 +64,9 @@ class Workload:
     activation_copies: int = 0
     """Tensors that SwiGLU keeps between its input and its output; none where it is one kernel."""
     loss: Loss = "parallel"
+    own_kernels: bool = False
+    """The megatron engine's (kernels/): queries and keys are rotated in a pass of its own, and value stays where the
+    projection wrote all three; where one rank has the whole head its logits are made by chunks."""
     software: str = ""
     """What runs it, as calibrations name it; one that is not known gets arithmetic without residuals."""
     context_attention: Literal["gather", "ring", "ulysses"] = "gather"
@@ -77,6 +90,8 @@ class Workload:
     optimizer_offloaded: float = 0.0
     """Share of the optimizer's state and step that is the host's."""
     weights_offloaded: bool = False
+    swapping: Swapping | None = None
+    """None: all activations stay."""
 
     @classmethod
     def of(cls, job: JobSpec, layout: Layout, micro_batch: int) -> Workload:
@@ -87,6 +102,7 @@ class Workload:
             modules = (*modules, "moe_act")
         own: Literal["gather", "ulysses"] = "ulysses" if job.engine == "deepspeed" else "gather"
         on_gpu = job.cluster.device == "cuda"  # a CPU's memory is its device's: nothing leaves it
+        share = job.layout.offload_activations
         return cls(
             model=job.model,
             layout=layout,
@@ -102,11 +118,13 @@ class Workload:
             load="natural" if job.layout.expert_loads is None else recorded(job.layout.expert_loads, job.model.experts),
             zero_stage=options["zero_stage"],
             optimizer_replicas=options["optimizer_replicas"],
-            # Neither engine fuses SwiGLU: both keep silu's output, and Megatron's MLP the gate plus its offset.
-            activation_copies=1 if job.engine == "deepspeed" else 2,
+            # The deepspeed engine's SwiGLU is torch's, which keeps silu's output.
+            activation_copies=1 if job.engine == "deepspeed" else 0,
+            own_kernels=job.engine == "megatron",
             software=OURS if job.engine == "megatron" and on_gpu else "",
             optimizer_offloaded=float(on_gpu and options["offload_optimizer"] != "none"),
             weights_offloaded=on_gpu and options["offload_parameters"] != "none",
+            swapping=None if share is None else Swapping(share, on_gpu),
         )
 
     def at(self, layout: Layout, micro_batch: int) -> Workload:

@@ -342,6 +342,7 @@ def _kinds(workload: Workload) -> tuple[object, ...]:
         workload.load,
         workload.dispatcher,
         workload.context_attention,
+        workload.swapping,
     )
 
 

@@ -40,6 +40,7 @@ _HOW = {
     "fast_link": "{collectives} on up to {devices} devices",
     "host_link": "copies from and to pinned memory, {devices} devices at once",
     "host_adam_bytes_per_second": "torch's fused Adam, {devices} devices at once",
+    "host_memory_bytes": "free, for {devices} devices",
 }
 _ON_DEVICE = ("memory", "launches", "kernels", "products", "other precisions", "fp8", "sums", "attention")
 _JOINT = ("collective_seconds", "fast_link")
@@ -169,7 +170,7 @@ def collected(lines: list[Mapping[str, Any]]) -> tuple[Machine, Measured]:
             samples.append(Sample(**line["sample"]))
         elif "failed" in line:
             failed[line["failed"]] = line["why"]
-    counted = ("memory_bytes", "processors", "reserved_bytes")
+    counted = ("memory_bytes", "processors", "reserved_bytes", "host_memory_bytes")
     facts = {name: told[name] for name in counted if name in told}
     machine = Machine(
         told["device"], told["kind"], told["devices"], told["torch"], told["driver"], told.get("memory_bytes", 0)

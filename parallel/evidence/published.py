@@ -80,7 +80,8 @@ LOSSES: dict[str, Loss] = {
 }
 
 COPIES = {"AA-Scaling": 1, OURS: 2}
-"""Workload.activation_copies: AA-Scaling's SwiGLU (its mlp.py) and this repository's engine fuse nothing."""
+"""Workload.activation_copies: AA-Scaling's SwiGLU (its mlp.py) and this repository's engine, when it was measured, fuse
+nothing."""
 
 
 class UnpricedError(Exception):

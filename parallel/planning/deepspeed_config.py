@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.spec import JobSpec, LayoutSpec
+from parallel.planning.options import without_a_name
 
 _OFFLOADED = {"offload_optimizer": "offload_optimizer", "offload_parameters": "offload_param"}
 """Fields of LayoutSpec, and DeepSpeed's names."""
@@ -66,7 +67,7 @@ def outside_the_config(job: JobSpec) -> list[str]:
         found.append(f"stage_layers: a PipelineModule whose stages have {list(job.layout.stage_layers)} layers")
     if job.layout.recompute == "full":
         found.append("recompute=full: deepspeed.checkpointing.checkpoint around each layer")
-    return found
+    return found + without_a_name(job.layout)
 
 
 def _offload(layout: LayoutSpec) -> dict[str, Any]:

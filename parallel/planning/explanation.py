@@ -42,7 +42,8 @@ class Neighbour:
             kinds, modules = (side[1:] for side in self.change)
             before, after = (recompute_label(*side) for side in zip(kinds, modules, strict=True))
             return f"recompute {before} -> {after}"
-        return ", ".join(f"{name} {before} -> {after}" for name, before, after in self.change)
+        shown = ((name, *map(_shown, sides)) for name, *sides in self.change)
+        return ", ".join(f"{name} {before} -> {after}" for name, before, after in shown)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -105,6 +106,10 @@ def explain(job: JobSpec, plan: Plan, device: Hardware, run_by: Software | None 
     return Explanation(time, memory, tuple(_routings(step_of(job, plan), plan, device, run_by)), tuple(neighbours))
 
 
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _largest_first(parts: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(((name, part) for name, part in parts.items() if part), key=lambda part: -part[1]))
 
@@ -162,6 +167,11 @@ def _turns(chosen: JobSpec) -> Iterator[dict[str, Any]]:
     yield from ({"zero_stage": other} for other in _others(layout, "zero_stage") if abs(other - stage) == 1)
     for name in ("offload_optimizer", "offload_parameters"):
         yield {name: "cpu" if layout.options[name] == "none" else "none"}
+    if layout.offload_activations is not None:
+        yield {"offload_activations": None}
+    else:  # which computes again what it must
+        stays = {} if layout.options["recompute"] == "none" else {"recompute": "none"}
+        yield {"offload_activations": "auto", **stays}
     yield {"optimizer_replicas": 2 * layout.options["optimizer_replicas"]}
     free = chosen.model_copy(
         update={"layout": layout.model_copy(update={"recompute": None, "recompute_modules": None})}

@@ -52,7 +52,20 @@ def label(options: Mapping[str, Any]) -> str:
     for name, simplest in SIMPLEST.items():
         if not name.startswith("recompute") and options[name] != simplest:
             shown.append(f"{name} {options[name]}")
+    if (share := options.get("offload_activations")) is not None:
+        shown.append(f"offload_activations {share:g}")
     return ", ".join(shown)
+
+
+def without_a_name(layout: LayoutSpec) -> list[str]:
+    """What of a layout is this project's own, so that no framework has a flag or a key for it."""
+    found = []
+    if layout.offload_activations is not None:
+        share = f"offload_activations={layout.offload_activations:g}"
+        found.append(f"{share}: activations of that share of the tokens in host memory, the others computed again")
+    if layout.expert_parallelism == "fssdp":
+        found.append("expert_parallelism=fssdp: experts that ranks share")
+    return found
 
 
 def recompute_label(recompute: str, modules: tuple[str, ...]) -> str:

@@ -14,6 +14,7 @@ from parallel.estimates.costs import TimeEstimate, estimate_time, least_time
 from parallel.estimates.hardware import Hardware, hardware
 from parallel.estimates.memory import MemoryEstimate, estimate_memory
 from parallel.estimates.software import Software, spread
+from parallel.estimates.swapping import settled
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 from parallel.planning import options
@@ -28,7 +29,8 @@ class Plan:
     layout: Layout
     micro_batch: int
     options: dict[str, Any]
-    """Of LayoutSpec, by jobs.spec.SIMPLEST."""
+    """Of LayoutSpec, by jobs.spec.SIMPLEST; where the job has activations swapped `offload_activations` too: the share
+    of the tokens, or None where it is auto and host memory holds too little."""
     micro_batches: int
     """Micro-batches that each rank computes in a step."""
     memory: MemoryEstimate
@@ -147,7 +149,7 @@ def _plan(job: JobSpec, workload: Workload, memory: MemoryEstimate, time: TimeEs
     return Plan(
         layout=layout,
         micro_batch=micro_batch,
-        options=job.layout.options,
+        options=job.layout.options | _swapped(workload, device),
         micro_batches=job.train.global_batch // (layout.dp * micro_batch),
         memory=memory,
         p_out_of_memory=memory.p_out_of_memory(device.memory_bytes),
@@ -158,13 +160,20 @@ def _plan(job: JobSpec, workload: Workload, memory: MemoryEstimate, time: TimeEs
     )
 
 
+def _swapped(workload: Workload, device: Hardware) -> dict[str, Any]:
+    if workload.swapping is None:
+        return {}
+    swapping = settled(workload, device).swapping
+    return {"offload_activations": swapping and swapping.share}
+
+
 def step_of(job: JobSpec, plan: Plan) -> Workload:
     """The job's step as planned."""
     return Workload.of(resolve(job, plan), plan.layout, plan.micro_batch)
 
 
 def resolve(job: JobSpec, plan: Plan) -> JobSpec:
-    """The job with every degree, the micro-batch and the options filled in."""
+    """The job with every degree, the micro-batch and the options filled in, `offload_activations` as a number."""
     degrees = {axis: plan.layout.degree(axis) for axis in DEGREES}
     chosen = {**degrees, **plan.options, "micro_batch": plan.micro_batch}
     return job.model_copy(update={"layout": job.layout.model_copy(update=chosen)})

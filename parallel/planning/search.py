@@ -48,7 +48,8 @@ class _Variant(NamedTuple):
     """Its options but for that."""
 
     def only_slower_than(self, other: _Variant) -> bool:
-        return self.others == other.others and self.again > other.again
+        # Where activations are swapped, what is computed again does not wait for the link.
+        return self.workload.swapping is None and self.others == other.others and self.again > other.again
 
 
 class Search:

@@ -102,6 +102,40 @@ def test_deepspeeds_config_is_of_the_best_plan(fivefold: Fivefold) -> None:
     assert "not in the file: pp=2: PipelineModule" in answer.err
 
 
+LONG = ("plan", "llama3_8b", "cluster=h200_x8", "train.sequence_length=65536", "train.global_batch=8")
+
+
+def test_swapped_activations_are_planned_and_told(fivefold: Fivefold) -> None:
+    auto = (*LONG, "layout.offload_activations=auto")
+    document = fivefold(*auto, "--explain", "--json").document
+    best = document["plans"][0]
+    assert 0 < best["options"]["offload_activations"] <= 1
+    neighbours = document["explanation"]["neighbours"]
+    assert {"offload_activations": None} in [each["change"] for each in neighbours]
+    answer = fivefold(*auto)
+    assert (answer.code, answer.err) == (0, "")
+    assert f"offload_activations {best['options']['offload_activations']:g}" in line_of(answer, " 1  ")
+    slow = fivefold(*LONG, "layout.offload_activations=0", "layout.dp=8", "--what-if", "hardware.host_link=1GB/s")
+    assert "fivefold: layout.offload_activations=0.0: a dense layer's " in slow.err
+    few = fivefold(*auto, "--what-if", "hardware.host_memory=1MB")
+    assert "fivefold: layout.offload_activations=auto: all activations stay: " in few.err
+    assert "offload_activations" not in few.out.split("what if")[0]
+
+
+@pytest.mark.parametrize("share", ["some", "1.5", "-1"])
+def test_what_is_no_share_of_tokens(fivefold: Fivefold, share: str) -> None:
+    said = refused(fivefold("plan", "quickstart", f"layout.offload_activations={share}"), "layout.offload_activations=")
+    assert said.endswith(": is auto, null or a share from 0 to 1")
+
+
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_no_framework_has_a_flag_for_swapped_activations(fivefold: Fivefold, engine: str) -> None:
+    asked = (*LONG, f"engine={engine}", "layout.offload_activations=0.5", "--format", engine)
+    answer = fivefold(*asked)
+    where = "not among the flags" if engine == "megatron" else "not in the file"
+    assert f"{where}: offload_activations=0.5: " in answer.err
+
+
 def test_a_picture_shows_every_stage(fivefold: Fivefold, tmp_path: Path) -> None:
     file = tmp_path / "plan.html"
     answer = fivefold(*JOB, "layout.pp=4", "layout.vpp=2", "layout.recompute=full", "--picture", str(file))

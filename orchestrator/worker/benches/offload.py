@@ -15,8 +15,8 @@ from jobs.spec import JobSpec
 from models.megatron_specs import Layer
 from orchestrator.worker.benches.layers import forward_backward, model_of, set_up
 from orchestrator.worker.benches.measure import Timed, seconds, side_by_side
-from orchestrator.worker.engines.swapping import HOST_SHARE
 from orchestrator.worker.host_memory import available_bytes
+from parallel.estimates.swapping import HOST_SHARE
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 from parallel.offload import Swap

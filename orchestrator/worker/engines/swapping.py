@@ -10,13 +10,11 @@ import torch
 from jobs.errors import InputError
 from jobs.spec import JobSpec
 from orchestrator.worker.host_memory import available_bytes
+from parallel.estimates.swapping import HOST_SHARE
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 from parallel.offload import WHOLE, Figures, Swap
 from parallel.swap import Host, plan_swap
-
-HOST_SHARE = 0.8
-"""Of the memory that is free when a rank begins, for all ranks of its machine together."""
 
 SETTLED_STEP = 3
 """Of an attempt: the first step knows no order of passes, and pins memory."""
@@ -30,6 +28,7 @@ def swapping(job: JobSpec, device: torch.device) -> Swap | None:
     fraction = job.layout.offload_activations
     if fraction is None:
         return None
+    assert fraction != "auto", "a plan has made it a number"
     again = {"full": (WHOLE,), "selective": job.layout.options["recompute_modules"]}.get(job.layout.recompute or "", ())
     return Swap(device, fraction, HOST_SHARE * available_bytes() / job.cluster.devices_per_node, again=again)
 

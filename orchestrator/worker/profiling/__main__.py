@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.worker.host_memory import available_bytes
 from orchestrator.worker.profiling import kernels, links, machine
 from orchestrator.worker.profiling.timing import tell
 from orchestrator.worker.ranks import Ranks
@@ -33,7 +34,8 @@ def main() -> None:
     ranks = Ranks(kind, preload=("orchestrator.worker.profiling.kernels", "orchestrator.worker.profiling.links"))
     world = torch.cuda.device_count() if kind == "cuda" else CPU_RANKS
     facts: dict[str, Any] = ranks.run(1, machine.facts, kind, seconds=IMPORT_SECONDS)[0]
-    tell(machine={**facts, "kind": kind, "devices": world})
+    host = {"host_memory_bytes": available_bytes() // world} if kind == "cuda" else {}
+    tell(machine={**facts, **host, "kind": kind, "devices": world})
     free = facts["free_bytes"] // (1 if kind == "cuda" else world)
     part = Parts(ranks, time.monotonic() + seconds + 2 * START_SECONDS)
     part.run("device", 1, kernels.measure, kind, free, seconds * DEVICE_SHARE)

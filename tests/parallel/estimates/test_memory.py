@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from jobs.architecture import ModelArchitecture
+from kernels.cross_entropy import CHUNK_ELEMENTS
 from parallel.estimates.activations import routed_rows
 from parallel.estimates.hardware import GIB, hardware
-from parallel.estimates.memory import FITTED, MemoryEstimate, stages
+from parallel.estimates.memory import CHUNK_LOGITS, FITTED, MemoryEstimate
 from parallel.estimates.memory import estimate_memory as estimate
+from parallel.estimates.stages import stages
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 
@@ -132,9 +134,18 @@ def test_full_recomputation_keeps_a_layers_input_alone(make_job: Any) -> None:
 
 def test_sequence_parallelism_divides_all_activations(make_job: Any) -> None:
     job = make_job("llama3_8b", "h100_x8")
-    whole, half = (estimate_memory(job, Layout(tp=tp), 1) for tp in (1, 2))
+    whole, half, quarter = (estimate_memory(job, Layout(tp=tp), 1) for tp in (1, 2, 4))
     assert half.activations * 2 == whole.activations
-    assert half.logits * 2 == whole.logits
+    assert quarter.logits * 2 == half.logits
+
+
+def test_a_head_by_chunks_holds_few_logits(make_job: Any) -> None:
+    assert CHUNK_LOGITS == CHUNK_ELEMENTS
+    step = Workload.of(make_job("llama3_8b", "h100_x8", model_changes={"vocab": 256_000}), Layout(), 1)
+    assert step.own_kernels
+    found = [estimate(replace(step, own_kernels=own), hardware("h100", 8)).logits for own in (True, False)]
+    # The gradient of the head is more than a chunk of logits, and all logits are more than that.
+    assert found == [6 * 256_000 * 4096, 8 * 256_000 * 4096]
 
 
 def test_parts_sum_to_the_total(make_job: Any) -> None:
@@ -271,8 +282,7 @@ def test_two_matrices_keep_less_than_three(make_job: Any) -> None:
         estimate_memory(make_job("llama3_8b", "h100_x8", model_changes={"gated": gated}), Layout(), 1).activations
         for gated in (True, False)
     )
-    # The gate; and silu's output and the gate plus its offset, which no kernel fuses here.
-    assert gated - plain == 3 * 32 * 2 * 4096 * 14336
+    assert gated - plain == 32 * 2 * 4096 * 14336
 
 
 def test_products_in_8_bits_keep_their_inputs_so(make_job: Any) -> None:

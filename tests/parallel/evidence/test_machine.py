@@ -80,7 +80,7 @@ def timings(device: Hardware) -> Iterator[Sample]:
 
 
 def test_a_profile_comes_back_from_the_seconds_it_predicts() -> None:
-    facts = {"memory_bytes": 10**11, "processors": 132, "reserved_bytes": 10**9}
+    facts = {"memory_bytes": 10**11, "processors": 132, "reserved_bytes": 10**9, "host_memory_bytes": 10**12}
     # The nearest profile, which stands for what is not measured, must leave no trace in what is.
     measured = Measured(list(timings(TRUE)), {}, facts)
     found = measured_fields(measured, hardware("v100", 8))

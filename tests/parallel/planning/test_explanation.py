@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jobs.errors import InputError
 from parallel.capabilities import why_refused
-from parallel.estimates.hardware import hardware
+from parallel.estimates.hardware import Link, hardware
 from parallel.estimates.memory import estimate_memory, stage_memory
 from parallel.estimates.workload import Workload
 from parallel.planning.budget import Budget
@@ -251,3 +251,23 @@ def test_a_timeline_is_a_schedule(stages: int, chunks: int, groups: int) -> None
         assert all(one.end <= other.start for one, other in pairwise(mine))
     if chunks == 1 or stages > 1:
         assert max(ends.values()) == pytest.approx(3 * (micro_batches * chunks + stages - 1))
+
+
+def test_swapped_activations_are_a_change_and_their_time_is_told(make_job: Any) -> None:
+    shape = {"sequence_length": 131072, "global_batch": 8}
+    job = make_job("llama3_8b", "h200_x8", {"dp": 8}, **shape)
+    device = device_of(job)
+    plan = plan_job(job).plans[0]
+    assert plan.options["recompute"] != "none"
+    labels = {each.label: each for each in explain(job, plan, device).neighbours}
+    (label,) = (each for each in labels if each.startswith("offload_activations null -> auto, recompute "))
+    assert labels[label].obstacle is None
+    swapped = make_job("llama3_8b", "h200_x8", {"dp": 8, "offload_activations": 0.0}, **shape)
+    at = plan_job(swapped).plans[0]
+    found = explain(swapped, at, device)
+    assert found.time["recomputed"] > 0
+    assert sum(found.time.values()) == pytest.approx(at.time.total)
+    (back,) = (each for each in found.neighbours if each.label == "offload_activations 0 -> null")
+    assert back.seconds_gained > 0
+    slow = replace(device, host_link=Link(0.0, 1e9))
+    assert explain(swapped, plan_job(swapped, slow).plans[0], slow).time["stall"] > 0

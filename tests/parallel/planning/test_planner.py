@@ -88,6 +88,42 @@ def test_a_resolved_job_plans_to_itself(make_job: Any) -> None:
         assert resolved.model_copy(update={"layout": LayoutSpec()}) == job
 
 
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_auto_becomes_the_share_of_swapped_tokens(make_job: Any, engine: str) -> None:
+    shape = {"sequence_length": 65536, "global_batch": 8, "engine": engine}
+    job = make_job("llama3_8b", "h200_x8", {"offload_activations": "auto"}, **shape)
+    for plan in plan_job(job).plans[:8]:
+        resolved = resolve(job, plan)
+        share = resolved.layout.offload_activations
+        assert isinstance(share, float)
+        assert plan.options["offload_activations"] == share
+        assert plan.label.endswith(f"offload_activations {share:g}")
+        (again,) = plan_job(resolved).plans
+        assert again == plan
+    # What all activations leave no room for fits.
+    alone = {"offload_activations": None, "tp": 1, "cp": 1, "pp": 1, "recompute": "none"}
+    with pytest.raises(InputError, match="GiB a device"):
+        plan_job(make_job("llama3_8b", "h200_x8", alone, **shape))
+    assert plan_job(make_job("llama3_8b", "h200_x8", alone | {"offload_activations": "auto"}, **shape)).plans
+
+
+@pytest.mark.parametrize("share", ["auto", 0.5])
+def test_auto_is_refused_where_a_share_is(make_job: Any, share: Any) -> None:
+    dropping = {"capacity_factor": 1.0}
+    with pytest.raises(InputError, match=f"^layout.offload_activations={share}: tokens come to experts in two parts"):
+        plan_job(make_job("mixtral_8x7b", "h200_x8", {"offload_activations": share}, model_changes=dropping))
+
+
+def test_where_host_memory_holds_too_little_auto_becomes_null(make_job: Any) -> None:
+    job = make_job("llama3_8b", "h200_x8", {"offload_activations": "auto", "tp": 8})
+    device = replace(device_of(job), host_memory_bytes=10**6)
+    (plan,) = plan_job(job, device).plans
+    assert plan.options["offload_activations"] is None
+    assert resolve(job, plan).layout.offload_activations is None
+    (without,) = plan_job(make_job("llama3_8b", "h200_x8", {"tp": 8, "recompute": "none"}), device).plans
+    assert plan.time == without.time
+
+
 def test_a_dense_model_has_no_expert_mesh(make_job: Any) -> None:
     plans = plan_job(make_job("llama3_8b", "h100_x8")).plans
     assert {(plan.layout.ep, plan.layout.etp) for plan in plans} == {(1, 1)}
@@ -223,7 +259,12 @@ def test_a_deepspeed_job_is_sharded_and_offloaded_as_far_as_it_must(make_job: An
     devices=st.sampled_from([2, 4, 8]),
     global_batch=st.sampled_from([4, 12, 16]),
     gigabytes=st.sampled_from([6, 12, 40, 80]),
-    fixed=st.sampled_from([{}, {"tp": 2}, {"recompute": "full"}, {"micro_batch": 2}, {"vpp": 1, "zero_stage": 1}]),
+    fixed=st.sampled_from(
+        [
+            *({}, {"tp": 2}, {"recompute": "full"}, {"micro_batch": 2}, {"vpp": 1, "zero_stage": 1}),
+            *({"offload_activations": "auto"}, {"offload_activations": 0.25}),
+        ]
+    ),
 )
 def test_the_search_finds_what_trying_everything_does(
     make_job: Any, model: str, engine: str, devices: int, global_batch: int, gigabytes: int, fixed: dict[str, Any]
