@@ -32,10 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.host_link import Block, Link, Moment, Pair, Slab, link_of
 from parallel.offload_visit import Visit
-
-SLICE = 16384
-"""Tokens of a part that are computed at a time, at most: so many backward has gradients of, and computes again."""
-
+from parallel.swap import SLICE
 
 WHOLE = "layer"
 """What is computed again, where it is all of a layer."""

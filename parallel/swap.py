@@ -23,6 +23,9 @@ from parallel.estimates.activations import computed_again, layer_parts, most_rou
 from parallel.estimates.stages import in_flight, stages
 from parallel.estimates.workload import Workload
 
+SLICE = 16384
+"""Tokens of a layer's part that are computed at a time, at most (parallel/offload.py)."""
+
 Rows = Literal["expected", "most"]
 """That experts receive: as many as `workload.load` says, or all that routing can send to one rank."""
 

@@ -20,13 +20,10 @@ from parallel.estimates.network import Network
 from parallel.estimates.software import software
 from parallel.estimates.stages import Kind, Stage, in_flight, kinds
 from parallel.estimates.workload import Swapping, Workload, kept_by
-from parallel.swap import Host, Skeletal, layers_hosted, plan_swap, skeletal
+from parallel.swap import SLICE, Host, Skeletal, layers_hosted, plan_swap, skeletal
 
 HOST_SHARE = 0.8
 """Of the memory that is free when a rank begins, for all ranks of its machine together."""
-
-SLICE = 16384
-"""Tokens that are computed again at a time, at most (parallel/offload.py)."""
 
 ALONE, BESIDE_OTHERS = 3, 4
 """Layers whose activations are on the device at the turn from forward to backward. Alone the last two stay, and what is
@@ -140,9 +137,9 @@ def recomputed_share(workload: Workload) -> float:
 
 
 def at_once(workload: Workload) -> float:
-    """Share of the tokens that backward has in one block of a layer: those that were swapped, or a slice of others."""
+    """Share of the tokens that backward has in one block of a layer: a slice of the swapped ones, or of the others."""
     share = share_of(workload)
-    return max(share, _slice(workload, share))
+    return max(_slice(workload, share), _slice(workload, 1 - share))
 
 
 def bytes_here(workload: Workload, device: Hardware, place: int, stage: Stage, workspace: float) -> tuple[float, float]:

@@ -13,10 +13,14 @@ from jobs.spec import JobSpec
 from parallel.capabilities import ATTENTION_RULES, EXPERT_RULES, batch_refusal, refusal
 from parallel.estimates.hardware import GIB, Hardware
 from parallel.estimates.memory import MemoryEstimate, estimate_memory, is_too_much
+from parallel.estimates.swapping import settled, share_of
 from parallel.estimates.workload import Workload
 from parallel.layout import ATTENTION_AXES, Layout, divisors
 from parallel.planning.options import label, recomputed, variants
 from parallel.rules import Rule
+
+SMALLER_SHARES = (0.5, 0.25, 0.0)
+"""Of tokens, that are swapped where as many as the link carries do not fit."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ class Search:
             # More sequences at once need more memory: mostly few more fit than without computing more again.
             most = least
             for micro_batch in allowed[least:]:
-                step = variant.workload.at(layout, micro_batch)
+                step = self._swapped(variant.workload.at(layout, micro_batch))
                 if self._too_much(step):
                     if not fits:
                         nearest = min(filter(None, (nearest, Fit(variant.job, step))), key=self._needed)
@@ -184,6 +188,17 @@ class Search:
         if nearest and not fits:
             self._miss(layout, nearest)
         return fits
+
+    def _swapped(self, step: Workload) -> Workload:
+        """With fewer swapped tokens than the link carries, where that is open and so many do not fit."""
+        if step.swapping is None or step.swapping.share != "auto":
+            return step
+        best = settled(step, self.device)
+        if best.swapping is None:  # which is told of what was asked for
+            return step
+        shares = [share for share in SMALLER_SHARES if share < share_of(best)] if self._too_much(best) else []
+        fewer = (replace(best, swapping=replace(best.swapping, share=share)) for share in shares)
+        return next((each for each in fewer if not self._too_much(each)), best)
 
     def _too_much(self, step: Workload) -> bool:
         self.evaluations += 1

@@ -124,6 +124,21 @@ def test_where_host_memory_holds_too_little_auto_becomes_null(make_job: Any) -> 
     assert plan.time == without.time
 
 
+def test_auto_swaps_fewer_tokens_where_as_many_as_the_link_carries_do_not_fit(make_job: Any) -> None:
+    fixed = {"tp": 1, "cp": 4, "dp": 2, "micro_batch": 1, "recompute": "none"}
+    long = {"sequence_length": 131_072, "global_batch": 8}
+    job = make_job("llama3_8b", "h200_x8", {**fixed, "offload_activations": "auto"}, **long)
+
+    def at(memory: float) -> tuple[float, int]:
+        (plan,) = plan_job(job, replace(device_of(job), memory_bytes=int(memory))).plans
+        return plan.options["offload_activations"], plan.memory.total
+
+    share, needed = at(140e9)
+    smaller, less = at(needed - 1e9)
+    assert smaller < share
+    assert less < needed
+
+
 def test_a_dense_model_has_no_expert_mesh(make_job: Any) -> None:
     plans = plan_job(make_job("llama3_8b", "h100_x8")).plans
     assert {(plan.layout.ep, plan.layout.etp) for plan in plans} == {(1, 1)}
