@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from kernels.rehearsal import stands_for
 from parallel.host_link import Block, Link, Moment, Pair, Slab, link_of
 from parallel.offload_tensors import Frame, Holder, Item, View, joined_of, pieces_of, restore
 
@@ -76,11 +77,15 @@ class Swap:
         """In flight, by number."""
         self._leaving: list[Visit] = []
         self._figures = Figures()
+        self._stood_for = GRANULE
 
     def visit(self, hidden: Tensor, layer: nn.Module) -> Visit:
         """A forward pass of `layer` over hidden states [tokens, ...], which has a backward pass."""
         if not self._visits:
             self._before, self._events = self._events, []
+            before, self._stood_for = self._stood_for, stands_for(GRANULE)
+            if self._stood_for != before:
+                self.slab.discard()  # blocks of another length
         for early in self._leaving[:-1]:
             early.leave()
         self._leaving = self._leaving[-1:]
@@ -167,10 +172,12 @@ class Visit:
     def __init__(self, swap: Swap, hidden: Tensor, layer: nn.Module, stays: bool) -> None:
         self.swap = swap
         self._tokens = len(hidden)
-        cut = int(swap.fraction * self._tokens)
-        cut = cut if cut == self._tokens or cut < 32 * GRANULE else cut // GRANULE * GRANULE
+        whole = stands_for(self._tokens)
+        cut = int(swap.fraction * whole)
+        cut = cut if cut == whole or cut < 32 * GRANULE else cut // GRANULE * GRANULE
+        number = -(-(whole - cut) // SLICE)
+        cut = min(max(round(cut * self._tokens / whole), bool(cut)), self._tokens - number)
         rest = self._tokens - cut
-        number = -(-rest // SLICE)
         evenly = (rest // number + (at < rest % number) for at in range(number))
         self._kept, self._slices = cut, [cut] * bool(cut) + list(evenly)
         """Tokens that go to the host, and tokens of each slice."""

@@ -26,7 +26,15 @@ def import_engine(engine: str, device: str) -> ModuleType:
     """Everything that takes seconds to import, before ranks are forked. Gives the engine's module."""
     import torch.distributed  # noqa: F401
 
-    from orchestrator.worker import checkpoint, collectives_seen, data, preflight, schedule, snapshots  # noqa: F401
+    from orchestrator.worker import (  # noqa: F401
+        checkpoint,
+        collectives_seen,
+        data,
+        memory_check,
+        preflight,
+        schedule,
+        snapshots,
+    )
 
     if engine == "deepspeed":
         from orchestrator.worker.engines import deepspeed
@@ -118,6 +126,7 @@ class _Rank:
     def train(self) -> int:
         from orchestrator.worker import data, schedule
         from orchestrator.worker.checkpoint import Checkpoints
+        from orchestrator.worker.memory_check import MemoryCheck
         from orchestrator.worker.snapshots import Snapshots
 
         job, layout, train = self._job, self._layout, self._job.train
@@ -152,6 +161,9 @@ class _Rank:
         dp_rank = layout.coordinates(self._launch.rank)["dp"]
         micro_batch = job.layout.micro_batch
         assert micro_batch is not None, "job.json is resolved before it is run"
+        memory = MemoryCheck(self._launch, layout, self._device, self._reporter)
+        if job.plan_memory and start < train.steps:
+            memory.rehearse(engine, text.batches(start + 1, dp_rank, layout.dp, micro_batch), start)
         unsaved: list[StepReport] = []
         left = False
         for step in range(start + 1, train.steps + 1):
@@ -162,7 +174,8 @@ class _Rank:
             self._enter("compute", step)
             rate = schedule.learning_rate(train, step)
             self._seen.take()
-            result = engine.train_step(step, self._faults.learning_rate(rate), batches)
+            with memory.checked():
+                result = engine.train_step(step, self._faults.learning_rate(rate), batches)
             clock.append(time.monotonic())
             waited = self._seen.take()
             last = step == train.steps

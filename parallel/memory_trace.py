@@ -1,0 +1,131 @@
+"""What a step asks of a device's memory, recorded: of a GPU by torch's allocator, of a CPU by who makes tensors.
+
+The history of torch's caching allocator has all that `torch.cuda.max_memory_allocated` counts: tensors, and what
+operations take for themselves. A CPU's allocator has none; there each operation's results are looked at, and what an
+operation takes for itself is not seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from kernels.rehearsal import rehearsing
+from parallel.memory_forecast import Change, Forecast, Trace, forecast, lengths_of
+
+
+def rehearse(step: Callable[[int], object], sequence: int, grain: int, device: torch.device) -> Forecast:
+    """What a step of `sequence` tokens will need, told by shorter ones.
+
+    step: runs one of so many tokens, a multiple of `grain`; what it computes is the caller's to forget.
+    """
+    first, *lengths = lengths_of(sequence, grain)
+    with rehearsing(sequence / first):
+        step(first)
+    traces = []
+    for length in lengths:
+        with rehearsing(sequence / length), tracing(device) as trace:
+            step(length)
+        traces.append((length, trace))
+    return forecast(traces, sequence)
+
+
+@contextmanager
+def tracing(device: torch.device) -> Iterator[Trace]:
+    """The trace of what is run meanwhile; filled in when that has ended."""
+    gc.collect()  # cycles of before are not to end in it
+    trace = Trace()
+    if device.type == "cpu":
+        recorder = _Recorder(trace)
+        with recorder:
+            yield trace
+        recorder.end()
+    else:
+        yield from _of_allocator(device, trace)
+
+
+def _of_allocator(device: torch.device, trace: Trace) -> Iterator[Trace]:
+    # Both functions are documented, and their names private: a version of torch that has others fails no training.
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.memory._record_memory_history("all", context=None, stacks="python")
+    except (AttributeError, TypeError, RuntimeError) as error:
+        trace.failure = f"torch's allocator keeps no history: {error}"
+        yield trace
+        return
+    trace.resident = torch.cuda.memory_allocated(device)
+    try:
+        yield trace
+        history = torch.cuda.memory._snapshot()["device_traces"]
+    finally:
+        torch.cuda.memory._record_memory_history(None)
+    trace.changes += allocator_changes(history[torch.cuda.current_device() if device.index is None else device.index])
+
+
+def allocator_changes(entries: Iterable[dict[str, Any]]) -> list[Change]:
+    """Of one device's entries in `torch.cuda.memory._snapshot()["device_traces"]`, as torch/cuda/memory.py has them.
+
+    What a stream still reads when it is given up counts no more, as in `memory_allocated`. Segments are not tensors.
+    """
+    signs = {"alloc": 1, "free_requested": -1}
+    return [
+        Change(entry["addr"], signs[entry["action"]] * entry["size"])
+        for entry in entries
+        if entry["action"] in signs and entry["size"]
+    ]
+
+
+class _Recorder(TorchDispatchMode):
+    """A storage is born with the operation that gives it, and dies when nothing has it, on whatever thread."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+        self._sizes: dict[int, int] = {}
+        """Of storages that are there, by their addresses as objects of torch."""
+        self._deaths: list[weakref.finalize[..., Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_iter((args, kwargs)):
+            self._see(given, "", is_new=False)
+        made = func(*args, **(kwargs or {}))
+        for each in tree_iter(made):
+            self._see(each, func.__name__.partition(".")[0], is_new=True)
+        return made
+
+    def end(self) -> None:
+        for death in self._deaths:
+            death.detach()
+
+    def _see(self, tensor: object, what: str, *, is_new: bool) -> None:
+        if not isinstance(tensor, Tensor) or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        if not storage.resizable():  # others' memory: NumPy's, or what stands for a host's
+            return
+        key, size = storage._cdata, storage.nbytes()
+        known = self._sizes.get(key)
+        if known == size:
+            return
+        if known is None:
+            death = weakref.finalize(storage, self._die, key)
+            death.atexit = False
+            self._deaths.append(death)
+            if not is_new:
+                self._trace.resident += size
+        else:  # resized by itself, which is no operation
+            self._trace.changes.append(Change(key, -known))
+        self._sizes[key] = size
+        if is_new or known is not None:
+            self._trace.changes.append(Change(key, size, what))
+
+    def _die(self, key: int) -> None:
+        self._trace.changes.append(Change(key, -self._sizes.pop(key)))
