@@ -66,10 +66,10 @@ class Lifetimes(NamedTuple):
 class Forecast:
     """Bytes of a step."""
 
-    stays: int = 0
-    """There before it and all through it."""
+    resident: int = 0
+    """There before it."""
     peak: int = 0
-    """At the fullest moment, with what stays."""
+    """At the fullest moment, with what is left of those."""
     requests: list[Request] = field(default_factory=list)
     """None where nothing is known but the peak, or not that."""
     notice: str = ""
@@ -116,14 +116,15 @@ def forecast(traces: Sequence[tuple[int, Trace]], sequence: int) -> Forecast:
     found = [lifetimes(trace) for _, trace in traces]
     lengths = [length for length, _ in traces]
     if lengths == [sequence]:
-        return Forecast(found[0].stays, traces[0][1].peak, [one for one in found[0].requests if one.size])
+        return Forecast(traces[0][1].resident, traces[0][1].peak, [one for one in found[0].requests if one.size])
+    resident = _continued(lengths, [trace.resident for _, trace in traces], sequence)
     stays = _continued(lengths, [each.stays for each in found], sequence)
     counts = [len(each.requests) for each in found]
     if len(set(counts)) > 1:
         peaks = [most_alive(each.requests) for each in found]
         peak = stays + _continued(lengths, peaks, sequence)
         text = f"steps of {_listed(lengths)} tokens ask for memory {_listed(counts)} times"
-        return Forecast(stays, peak, notice=f"{text}, so that only their peaks are compared")
+        return Forecast(resident, peak, notice=f"{text}, so that only their peaks are compared")
     requests, averaged = [], 0
     for same in zip(*(each.requests for each in found), strict=True):
         size, is_average = extrapolated(lengths, [one.size for one in same], sequence)
@@ -134,7 +135,7 @@ def forecast(traces: Sequence[tuple[int, Trace]], sequence: int) -> Forecast:
     if averaged:
         share = averaged / sum(one.size for one in requests)
         notice = f"{share:.1%} of the bytes asked for do not follow from the length, and are told by their average"
-    return Forecast(stays, stays + most_alive(requests), requests, notice)
+    return Forecast(resident, stays + most_alive(requests), requests, notice)
 
 
 def _continued(lengths: Sequence[int], sizes: Sequence[int], length: int) -> int:

@@ -100,14 +100,14 @@ class MemoryCheck:
             "attempt": self._launch.attempt,
             "rank": self._launch.rank,
             "predicted_bytes": forecast.peak,
-            "resident_bytes": forecast.stays,
+            "resident_bytes": forecast.resident,
             "measured_bytes": None,
             "placement": {"method": plan.method, "bytes": plan.peak, "bound_bytes": plan.bound, "notice": plan.notice},
             "notice": forecast.notice,
             "requests": [[*one, plan.addresses[one.name]] for one in requests],
         }
         figures = {key: value for key, value in self._told.items() if key != "requests"}
-        text = f"peak of a step: {_gb(forecast.peak)} predicted, {_gb(forecast.stays)} of them there before it"
+        text = f"peak of a step: {_gb(forecast.peak)} predicted, {_gb(forecast.resident)} of them there before it"
         if requests:
             text += f"; {len(requests):,} tensors placed by {plan.method}, {plan.gap:.1%} above {_gb(plan.bound)} alive"
         if forecast.notice:
