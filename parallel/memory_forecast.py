@@ -22,6 +22,9 @@ _EXACT = 5e-4
 _ALIKE = 0.02
 """Within which a size is in proportion to the square."""
 
+_ROUNDED = 0.05
+"""Of a size in proportion to the tokens, that may be a run's last token: above, something else decides."""
+
 _PLACED = 1e-3
 """Of what is alive at the fullest step: a tensor below it is not placed by itself."""
 
@@ -147,7 +150,7 @@ def _continued(lengths: Sequence[int], sizes: Sequence[int], length: int) -> int
 class Extrapolated(NamedTuple):
     size: int
     is_average: bool
-    """The sizes fit no rule: as many bytes a token as on the average."""
+    """The sizes fit no rule, and as many bytes a token are told as there are on the average."""
 
 
 def extrapolated(lengths: Sequence[int], sizes: Sequence[int], length: int) -> Extrapolated:
@@ -158,7 +161,9 @@ def extrapolated(lengths: Sequence[int], sizes: Sequence[int], length: int) -> E
         return Extrapolated(max(0, round(least + slope * (length - short))), False)
     if most and all(abs(size * long**2 / (most * at**2) - 1) < _ALIKE for at, size in zip(lengths, sizes, strict=True)):
         return Extrapolated(round(most * (length / long) ** 2), False)
-    return Extrapolated(round(sum(sizes) / sum(lengths) * length), True)
+    rate = sum(sizes) / sum(lengths)
+    is_average = any(abs(size - rate * at) > _ROUNDED * rate * at for at, size in zip(lengths, sizes, strict=True))
+    return Extrapolated(round(rate * length), is_average)
 
 
 def placed(requests: Sequence[Request]) -> tuple[list[Request], MemoryPlan]:

@@ -84,7 +84,10 @@ def allocator_changes(entries: Iterable[dict[str, Any]]) -> list[Change]:
 
 
 class _Recorder(TorchDispatchMode):
-    """A storage is born with the operation that gives it, and dies when nothing has it, on whatever thread."""
+    """A storage is born with the operation that gives it, and dies when nothing has it, on whatever thread.
+
+    One that was resized by itself, which is no operation, is seen to be when an operation is next given it.
+    """
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
@@ -121,7 +124,7 @@ class _Recorder(TorchDispatchMode):
             self._deaths.append(death)
             if not is_new:
                 self._trace.resident += size
-        else:  # resized by itself, which is no operation
+        else:
             self._trace.changes.append(Change(key, -known))
         self._sizes[key] = size
         if is_new or known is not None:

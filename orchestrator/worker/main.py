@@ -145,6 +145,13 @@ class _Rank:
         start = checkpoints.restore(engine) if kept is None else kept
         if start == 0 and job.init_from is not None:
             self._read_weights(engine, job.init_from)
+        restored = time.monotonic()
+        dp_rank = layout.coordinates(self._launch.rank)["dp"]
+        micro_batch = job.layout.micro_batch
+        assert micro_batch is not None, "job.json is resolved before it is run"
+        memory = MemoryCheck(self._launch, layout, self._device, self._reporter)
+        if job.plan_memory and start < train.steps:
+            memory.rehearse(engine, text.batches(start + 1, dp_rank, layout.dp, micro_batch), start)
         if self._launch.rank == 0:
             self._reporter.event(
                 "training_started",
@@ -156,14 +163,8 @@ class _Rank:
                 unigram_entropy=text.unigram_entropy,
                 train_tokens=text.train_tokens,
                 build_seconds=built - began,
-                restore_seconds=time.monotonic() - built,
+                restore_seconds=restored - built,
             )
-        dp_rank = layout.coordinates(self._launch.rank)["dp"]
-        micro_batch = job.layout.micro_batch
-        assert micro_batch is not None, "job.json is resolved before it is run"
-        memory = MemoryCheck(self._launch, layout, self._device, self._reporter)
-        if job.plan_memory and start < train.steps:
-            memory.rehearse(engine, text.batches(start + 1, dp_rank, layout.dp, micro_batch), start)
         unsaved: list[StepReport] = []
         left = False
         for step in range(start + 1, train.steps + 1):
