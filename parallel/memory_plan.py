@@ -24,7 +24,7 @@ ALIGNMENT = 512
 _PLACEMENTS = 40_000
 """Tensors placed again at most, of all rounds together: 100 rounds of 400, 10 of 4,000."""
 
-_ORDERED_AT_MOST = 3_000
+_ORDERED_AT_MOST = 5_000
 """Tensors that are placed in any order, seconds each time; of more only those alive are looked at, as they are made."""
 
 _SOLVED_AT_MOST = 150

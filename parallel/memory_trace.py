@@ -52,22 +52,30 @@ def tracing(device: torch.device) -> Iterator[Trace]:
         yield from _of_allocator(device, trace)
 
 
+_OTHERWISE = (AttributeError, TypeError, RuntimeError, LookupError)
+"""What is raised where torch has other functions, or others' results: they are documented, but their names private."""
+
+
 def _of_allocator(device: torch.device, trace: Trace) -> Iterator[Trace]:
-    # Both functions are documented, and their names private: a version of torch that has others fails no training.
     try:
         torch.cuda.synchronize(device)
         torch.cuda.memory._record_memory_history("all", context=None, stacks="python")
-    except (AttributeError, TypeError, RuntimeError) as error:
-        trace.failure = f"torch's allocator keeps no history: {error}"
+    except _OTHERWISE as error:
+        trace.failure = f"torch's allocator keeps no history: {error!r}"
         yield trace
         return
     trace.resident = torch.cuda.memory_allocated(device)
     try:
         yield trace
-        history = torch.cuda.memory._snapshot()["device_traces"]
-    finally:
+    except BaseException:
         torch.cuda.memory._record_memory_history(None)
-    trace.changes += allocator_changes(history[torch.cuda.current_device() if device.index is None else device.index])
+        raise
+    try:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        trace.changes += allocator_changes(torch.cuda.memory._snapshot()["device_traces"][index])
+        torch.cuda.memory._record_memory_history(None)
+    except _OTHERWISE as error:
+        trace.failure = f"the history of torch's allocator is in another form: {error!r}"
 
 
 def allocator_changes(entries: Iterable[dict[str, Any]]) -> list[Change]:
@@ -94,19 +102,26 @@ class _Recorder(TorchDispatchMode):
         self._trace = trace
         self._sizes: dict[int, int] = {}
         """Of storages that are there, by their addresses as objects of torch."""
+        self._found: dict[int, Change] = {}
+        """Of those that no operation has made, as they were first seen."""
         self._deaths: list[weakref.finalize[..., Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
         for given in tree_iter((args, kwargs)):
-            self._see(given, "", is_new=False)
+            self._see(given, name, is_new=False)
         made = func(*args, **(kwargs or {}))
         for each in tree_iter(made):
-            self._see(each, func.__name__.partition(".")[0], is_new=True)
+            self._see(each, name, is_new=True)
         return made
 
     def end(self) -> None:
+        """What was found and is still there was there before; what is gone, a collective made for itself."""
         for death in self._deaths:
             death.detach()
+        self._trace.resident = sum(change.size for change in self._found.values())
+        before = {id(change) for change in self._found.values()}
+        self._trace.changes = [change for change in self._trace.changes if id(change) not in before]
 
     def _see(self, tensor: object, what: str, *, is_new: bool) -> None:
         if not isinstance(tensor, Tensor) or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
@@ -122,13 +137,14 @@ class _Recorder(TorchDispatchMode):
             death = weakref.finalize(storage, self._die, key)
             death.atexit = False
             self._deaths.append(death)
-            if not is_new:
-                self._trace.resident += size
         else:
-            self._trace.changes.append(Change(key, -known))
+            self._die(key)
+        change = Change(key, size, what)
+        if known is None and not is_new:
+            self._found[key] = change
         self._sizes[key] = size
-        if is_new or known is not None:
-            self._trace.changes.append(Change(key, size, what))
+        self._trace.changes.append(change)
 
     def _die(self, key: int) -> None:
+        self._found.pop(key, None)
         self._trace.changes.append(Change(key, -self._sizes.pop(key)))
