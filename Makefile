@@ -5,7 +5,7 @@ SEED ?= new
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow exact exact-kernels exact-random fuzz-checkpoints lint validate-planner bench-planner simulate-sharing chaos bench-faults bench-faults-gpu bench-snapshot bench-watching bench-gpu wheel constraints bench-moe-1b clean
+.PHONY: demo test test-slow exact exact-kernels exact-random fuzz-checkpoints fuzz-schedules lint validate-planner bench-planner simulate-sharing chaos bench-faults bench-faults-gpu bench-snapshot bench-watching bench-gpu wheel constraints bench-moe-1b clean
 
 # Trains a real MoE on this machine at TP2 x DP2 with EP2, kills one of its four ranks on the way, and recovers.
 demo: $(VENV)/.ready
@@ -36,6 +36,10 @@ exact-random: $(VENV)/.ready
 # Trainings killed, or refused by their disk, at 600 seeded changes to their checkpoints, or these damaged; each resumed.
 fuzz-checkpoints: $(VENV)/.ready
 	PYTHONPATH=. $(BIN)/python tests/orchestrator/worker/crashes.py 600 docs/benchmarks/crashes.json
+
+# Swapped activations through 10,000 random pipeline schedules whose copies are late by chance: six minutes.
+fuzz-schedules: $(VENV)/.ready
+	PYTHONPATH=. $(BIN)/python tests/parallel/schedules.py 10000 docs/benchmarks/schedules.json
 
 # What the planner predicts of a table of published measurements, by source: make validate-planner TABLE=path.
 validate-planner: $(VENV)/.ready
@@ -70,12 +74,14 @@ bench-snapshot: $(VENV)/.ready
 bench-watching: $(VENV)/.ready
 	$(BIN)/python tests/faults/watching.py --json docs/benchmarks/watching.json
 
-# On a machine of one GPU or more: kernels, layers and training steps beside other software. The figures of docs/benchmarks.
+# On a machine of one GPU or more: kernels and layers beside other software, long sequences; the last, experts that ranks
+# share, takes two. The figures of docs/benchmarks.
 bench-gpu:
 	fivefold bench kernels --out docs/benchmarks/kernels-h200.json
 	fivefold bench layer --out docs/benchmarks/layer-h200.json
 	fivefold bench offload --out docs/benchmarks/offload-h200.json
 	fivefold bench longest --out docs/benchmarks/longest-h200.json
+	fivefold bench sharing --out docs/benchmarks/sharing-h200.json
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from models.deepspeed_experts import FullyShardedExperts
 from models.reference import Context, Layer, Routing
-from parallel.offload import Swap
+from models.sparse_experts import Here, SparseExperts
+from parallel.offload import WHOLE, Swap
 
 
 def swap_layers(decoder: nn.Module, swap: Swap) -> None:
     """Have a decoder's layers do so; once everything else that divides them is done."""
     for layer in decoder.modules():
         if isinstance(layer, Layer):
-            layer.forward = partial(_forward, swap, layer)
+            layer.forward = partial(_forward, swap, layer, layer.forward)
 
 
-def _forward(swap: Swap, layer: Layer, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """`Layer.forward`."""
+def _forward(
+    swap: Swap,
+    layer: Layer,
+    plain: Callable[[Tensor, Context], tuple[Tensor, Tensor]],
+    hidden: Tensor,
+    context: Context,
+) -> tuple[Tensor, Tensor]:
+    """`Layer.forward`, which is `plain` but for what is kept."""
     if not torch.is_grad_enabled():
-        return Layer.forward(layer, hidden, context)
+        return plain(hidden, context)
+    if WHOLE in swap.again:
+        made: tuple[Tensor, Tensor] = swap.recomputed(lambda hidden: plain(hidden, context), hidden, layer)
+        return made
+    sparse = _sparse_experts(layer)
+    if sparse is not None:
+        hidden = sparse.send_for_copies(hidden)
     first = hidden.transpose(0, 1)  # tokens before rows, which a cut of tokens then leaves in one piece
-    visit = swap.visit(first, layer)
+    visit, here = swap.visit(first, layer), None
     attention = layer.attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -34,7 +49,7 @@ def _forward(swap: Swap, layer: Layer, hidden: Tensor, context: Context) -> tupl
     query, key, value = visit.by_token(partial(_project, layer), first, context.positions.T)
     mixed = visit.whole(attend, query, key, value)
     if hasattr(layer, "ffn"):
-        (out,) = visit.by_token(partial(_finish, layer), first, mixed)
+        (out,) = visit.by_token(partial(_finish, layer), first, mixed, again="mlp" in swap.again)
         auxiliary = hidden.new_zeros(())
     else:
         total, normed = visit.by_token(partial(_add, layer), first, mixed)
@@ -44,8 +59,20 @@ def _forward(swap: Swap, layer: Layer, hidden: Tensor, context: Context) -> tupl
             return routing.experts.transpose(0, 1), routing.weights.transpose(0, 1), routing.auxiliary
 
         experts, weights, auxiliary = visit.whole(route, normed)
-        (out,) = visit.by_token(partial(_mix, layer), total, normed, experts, weights)
-    return visit.close(out).transpose(0, 1).contiguous(), auxiliary
+        if sparse is not None:
+            weights, here = sparse.enter(weights, experts.flatten().bincount(minlength=sparse.experts))
+            visit.beside(*here.weights)
+        mix = partial(_mix, layer, sparse, here)
+        (out,) = visit.by_token(mix, total, normed, experts, weights, again="moe" in swap.again)
+    last = visit.close(out)
+    if sparse is not None and here is not None:
+        last = sparse.leave(last, here)
+    return last.transpose(0, 1).contiguous(), auxiliary
+
+
+def _sparse_experts(layer: Layer) -> SparseExperts | None:
+    experts = layer.moe.experts if hasattr(layer, "moe") else None
+    return experts.sparse if isinstance(experts, FullyShardedExperts) else None
 
 
 def _project(layer: Layer, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
@@ -65,6 +92,15 @@ def _finish(layer: Layer, hidden: Tensor, mixed: Tensor) -> Sequence[Tensor]:
     return (total + layer.ffn(normed.transpose(0, 1)).transpose(0, 1),)
 
 
-def _mix(layer: Layer, total: Tensor, normed: Tensor, experts: Tensor, weights: Tensor) -> Sequence[Tensor]:
+def _mix(
+    layer: Layer,
+    sparse: SparseExperts | None,
+    here: Here | None,
+    total: Tensor,
+    normed: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+) -> Sequence[Tensor]:
     routing = Routing(experts.transpose(0, 1), weights.transpose(0, 1), total.new_zeros(()))
-    return (total + layer.moe.mixed(normed.transpose(0, 1), routing).transpose(0, 1),)
+    with nullcontext() if sparse is None or here is None else sparse.computing_with(here):
+        return (total + layer.moe.mixed(normed.transpose(0, 1), routing).transpose(0, 1),)

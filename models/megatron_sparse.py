@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from jobs.architecture import ModelArchitecture
 from models.megatron_dispatch import DepartingDispatcher
+from models.megatron_specs import Layer
 from models.sparse_experts import Away, Owned, SparseExperts
 from parallel.collectives import Lane
 from parallel.fssdp import Means
@@ -138,17 +137,11 @@ def share_experts(model: nn.Module) -> Owned | None:
     """Have a model built with these experts send tokens to them; None where it has none."""
     layers = {}
     for layer in model.modules():
-        if isinstance(layer, TransformerLayer) and isinstance(layer.mlp, MoELayer):
+        if isinstance(layer, Layer) and isinstance(layer.mlp, MoELayer):
             mixture = layer.mlp
             groups = get_default_pg_collection()
             mixture.token_dispatcher = SparseDispatcher(mixture.experts, mixture.config, groups)
             layers[layer.layer_number - 1] = mixture.experts
             if not mixture.moe_layer_recompute:  # which is to have its copies where it is computed again
-                layer.register_forward_pre_hook(partial(_send_first, mixture.experts), with_kwargs=True)
+                layer.send_first = mixture.experts.send_for_copies
     return Owned(layers) if layers else None
-
-
-def _send_first(
-    experts: SparseExperts, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return given, named | {"hidden_states": experts.send_for_copies(named["hidden_states"])}

@@ -8,6 +8,7 @@ Megatron's own parallel linears, the attention of `models.megatron_attention`, a
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from models.megatron_attention import GATHER, RING, CausalAttention, rotate_as_called
 from models.uncompiled import uncompiled
 from parallel.layout import Layout
-from parallel.offload import Swap
+from parallel.offload import WHOLE, Swap
 
 # Said by Megatron and, about Megatron, by torch, of things that are meant to be as they are.
 for _message, _category in (
@@ -86,10 +87,25 @@ class Layer(TransformerLayer):
     swap: Swap | None = None
     """What keeps activations for backward, where autograd does not."""
 
+    send_first: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Sees the hidden states before all else, and gives them back."""
+
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any) -> Any:
+        whole = super().forward
+
+        def compute(hidden: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = whole(self._sent_first(hidden), attention_mask, **others)[0]
+            return out
+
         if self.swap is None or not torch.is_grad_enabled():
-            return super().forward(hidden_states, attention_mask, **others)
-        return swapped_forward(self, self.swap, hidden_states, attention_mask, others["rotary_pos_emb"]), None
+            return compute(hidden_states), None
+        if WHOLE in self.swap.again:
+            return self.swap.recomputed(compute, hidden_states, self), None
+        hidden = self._sent_first(hidden_states)
+        return swapped_forward(self, self.swap, hidden, attention_mask, others["rotary_pos_emb"]), None
+
+    def _sent_first(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.send_first is None else self.send_first(hidden)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -175,6 +191,8 @@ def _stages(layout: Layout) -> list[list[str]] | None:
 
 
 def _recompute_options(layout: LayoutSpec) -> dict[str, Any]:
+    if layout.offload_activations is not None:
+        return {}  # layers do it themselves
     if layout.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if layout.recompute == "selective":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
@@ -10,6 +11,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from models.sparse_experts import SparseExperts
 from parallel.offload import Swap
 
 
@@ -42,7 +44,7 @@ def swapped_forward(
     visit = swap.visit(hidden, layer)
     mixed = visit.whole(attend, *visit.by_token(project, hidden, angles))
     if not isinstance(layer.mlp, MoELayer):
-        return visit.close(*visit.by_token(finish, hidden, mixed))
+        return visit.close(*visit.by_token(finish, hidden, mixed, again="mlp" in swap.again))
     mixture: Any = layer.mlp
 
     def route(normed: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +53,16 @@ def swapped_forward(
     def mix(total: Tensor, normed: Tensor, weights: Tensor, chosen: Tensor) -> Sequence[Tensor]:
         shared = mixture.shared_experts_compute(normed)
         rows, weights = mixture.preprocess(normed, weights.flatten(0, 1), chosen.flatten(0, 1))
-        made, _ = mixture.routed_experts_compute(*mixture.dispatch(rows, weights))
+        with nullcontext() if here is None else experts.computing_with(here):
+            departed = mixture.dispatch(rows, weights)
+        made, _ = mixture.routed_experts_compute(*departed)
         return (total + mixture.postprocess(mixture.combine(made), shared),)
 
     total, normed = visit.by_token(add, hidden, mixed)
-    return visit.close(*visit.by_token(mix, total, normed, *visit.whole(route, normed)))
+    weights, chosen = visit.whole(route, normed)
+    experts, here = mixture.experts, None
+    if isinstance(experts, SparseExperts):
+        weights, here = experts.enter(weights, chosen.sum((0, 1)))
+        visit.beside(*here.weights)
+    out = visit.close(*visit.by_token(mix, total, normed, weights, chosen, again="moe" in swap.again))
+    return out if here is None else experts.leave(out, here)

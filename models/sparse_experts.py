@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,12 +20,26 @@ from torch import Tensor, nn
 
 from jobs.architecture import ModelArchitecture
 from kernels.permute import order_by_expert
-from models.sparse_trips import Trip, Ways
+from models.sparse_trips import OnTheHost, Trip, Ways, packed
 from parallel.collectives import Lane, Spread, spreads
 from parallel.fssdp import WINDOW, LoadHistory, Means, calibrate, materialise
 from parallel.fssdp_sharding import reshard
 from parallel.placement import Placement
 from parallel.replicas import Replicas, is_backward
+
+
+class Here(NamedTuple):
+    """What a rank computes a layer's tokens with, where they come in parts."""
+
+    placement: Placement
+    stacks: list[tuple[Any, ...]]
+    """Each of some experts: their numbers, and their gate_up and down as autograd sees them."""
+    replicas: list[Replicas]
+    """That are entered, and to be left."""
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [weight for _, *both in self.stacks for weight in both if weight is not None]
 
 
 class Away(NamedTuple):
@@ -33,6 +48,8 @@ class Away(NamedTuple):
     trip: Trip
     ways: Ways
     replicas: list[Replicas]
+    """To be entered when the tokens have come."""
+    here: Here | None
 
 
 class SparseExperts(nn.Module):
@@ -74,6 +91,7 @@ class SparseExperts(nn.Module):
         self._loads = torch.zeros(self.experts, dtype=torch.int64)
         self._copied: Replicas | None = None
         self._is_sent_for = False
+        self._here: Here | None = None
         self.last: Replicas | None = None
         self.last_below: Callable[[], Replicas | None] = _none
         """`last` of the layer that a micro-batch visits before this one on this rank."""
@@ -101,10 +119,39 @@ class SparseExperts(nn.Module):
         """Before the layer's attention; `depart` does it otherwise. Gives `hidden` itself."""
         is_first_pass = torch.is_grad_enabled() and not is_backward()
         below = self.last_below() if is_first_pass else None
-        self._copied = self._copies(spreads(self.sharded, self.placement), below)
+        self._copied = self._copies({} if self.placement.is_sharded else spreads(self.sharded, self.placement), below)
         self._is_sent_for = True
         self.last = self._copied if is_first_pass else None
         return hidden if self._copied is None else self._copied.begin(hidden)
+
+    def enter(self, weights: Tensor, counts: Tensor) -> tuple[Tensor, Here]:
+        """Before tokens depart in parts: have the copies that all of them want, and whose gradients go back together.
+
+        Routers' weights, and this rank's tokens of each expert [experts]. Gives the weights that are to depart.
+        Forward: an all-gather of as many counts as there are experts.
+        """
+        if not self._is_sent_for:
+            weights = self.send_for_copies(weights)
+        loads = [sum(each) for each in zip(*self._gathered(counts).answer(), strict=True)]
+        weights, placement, replicas = self._completed(weights, loads)
+        stacks = [self._own_stacks()]
+        for each in replicas:
+            weights, *copies = each.enter(weights)
+            stacks.append((each.experts, *copies))
+        return weights, Here(placement, stacks, replicas)
+
+    @contextmanager
+    def computing_with(self, here: Here) -> Iterator[None]:
+        """Tokens that depart meanwhile are a part of those that `enter` saw."""
+        self._here = here
+        yield
+        self._here = None
+
+    def leave(self, out: Tensor, here: Here) -> Tensor:
+        """Gives `out` itself, the last of what was computed with them."""
+        for each in here.replicas:
+            out = each.leave(out)
+        return out
 
     def depart(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Away:
         """Hidden states [tokens, hidden], who is chosen (bool) and routers' weights, both [tokens, experts], set out.
@@ -112,33 +159,29 @@ class SparseExperts(nn.Module):
         Forward and backward: each an all-to-all of the tokens' copies there and one back, but for those that stay; and,
         forward, an all-gather of as many counts as there are experts and an all-to-all of counts.
         """
-        if not self._is_sent_for:
+        here = self._here
+        if here is None and not self._is_sent_for:
             hidden = self.send_for_copies(hidden)
-        self._is_sent_for = False
         order = order_by_expert(chosen, self.top_k)
-        counts = order.counts.new_empty(self._ranks * self.experts)
-        dist.all_gather_into_tensor(counts, order.counts, group=self._group)
-        tokens = counts.view(self._ranks, self.experts).tolist()
-        loads = [sum(each) for each in zip(*tokens, strict=True)]
-        if self.training and not is_backward():  # once, if forward is computed again in it
-            self._loads += torch.tensor(loads)
-        replicas, self._copied = [] if self._copied is None else [self._copied], None
-        placement = self.placement
-        further = self._calibrated(loads)
-        if further is not None:
-            extra = self._copies(spreads(self.sharded, further, placement))
-            assert extra is not None
-            hidden, placement = extra.begin(hidden), further
-            replicas.append(extra)
+        asked = self._gathered(order.counts)
+        placement = self.placement if here is None else here.placement
+        # What needs no answer is under way while the host waits for one.
+        set_out = packed(hidden, weights, order) if placement.is_in_order else None
+        tokens, replicas = asked.answer(), []
+        if here is None:
+            loads = [sum(each) for each in zip(*tokens, strict=True)]
+            hidden, further, replicas = self._completed(hidden, loads)
+            if further is not placement:
+                placement, set_out = further, None
         trip = Trip.of(placement, self.means.topology, tokens, order, self.rank, self._group)
-        return Away(trip, trip.depart(hidden, weights), replicas)
+        return Away(trip, trip.depart(*(set_out or packed(hidden, weights, trip.order))), replicas, here)
 
     def forward(self, away: Away) -> Tensor:
         """The weighted sum of what each token's experts make of it, [tokens, hidden]."""
-        trip, ways, replicas = away
+        trip, ways, replicas, here = away
         rows, of_rows = (way.arrive() for way in ways)
         rows = self.arrivals(rows)
-        stacks = [self._own_stacks()]
+        stacks = [self._own_stacks()] if here is None else here.stacks
         for each in replicas:
             rows, *copies = each.enter(rows)
             stacks.append((each.experts, *copies))
@@ -146,6 +189,25 @@ class SparseExperts(nn.Module):
         for each in replicas:
             made = each.leave(made)
         return trip.back(made)
+
+    def _gathered(self, counts: Tensor) -> OnTheHost:
+        """Tokens [ranks][experts], of each rank's counts [experts]."""
+        all_counts = counts.new_empty(self._ranks * self.experts)
+        dist.all_gather_into_tensor(all_counts, counts, group=self._group)
+        return OnTheHost(all_counts.view(self._ranks, self.experts))
+
+    def _completed(self, begun: Tensor, loads: Sequence[int]) -> tuple[Tensor, Placement, list[Replicas]]:
+        """The copies that were sent for and, now that loads are known, more; `begun` itself; loads are remembered."""
+        if self.training and not is_backward():  # once, if forward is computed again in it
+            self._loads += torch.tensor(loads)
+        self._is_sent_for = False
+        replicas, self._copied = [] if self._copied is None else [self._copied], None
+        further = self._calibrated(loads)
+        if further is None:
+            return begun, self.placement, replicas
+        extra = self._copies(spreads(self.sharded, further, self.placement))
+        assert extra is not None
+        return extra.begin(begun), further, [*replicas, extra]
 
     def _copies(self, spread: Mapping[int, Spread], below: Replicas | None = None) -> Replicas | None:
         if not spread:
@@ -252,8 +314,9 @@ class Owned:
 
     def settle(self) -> None:
         """Owners are as the layers' buffers say, which were overwritten."""
-        for layer in self.layers.values():
-            layer.sharded = layer.placement = Placement.sharded(layer.owners.tolist(), layer.even.ranks)
+        for number, owners in self.owners().items():
+            layer = self.layers[number]
+            layer.sharded = layer.placement = Placement.sharded(owners, layer.even.ranks)
         rank = next(iter(self.layers.values())).rank
         self.experts = [
             (number, expert) for number, layer in self.layers.items() for expert in layer.sharded.held_by(rank)

@@ -162,6 +162,7 @@ def _parser() -> tuple[_Parser, list[str]]:
         ("layer", "two layers of known models, forward and backward, by this project and by others"),
         ("offload", "a long sequence: activations kept, swapped and recomputed by token, or recomputed whole"),
         ("longest", "the longest sequence that trains with activations recomputed, and with them swapped"),
+        ("sharing", "steps of a mixture on two devices that share experts, and on two that do not, by routing"),
     ):
         bench = verb(what, verbs.bench, text, group=benches)
         bench.set_defaults(what=what)

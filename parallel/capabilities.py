@@ -174,10 +174,23 @@ JOB_RULES = (
         "layout.recompute",
         BOTH,
         when(
-            lambda job: _swaps(job) and job.layout.recompute not in (None, "none"),
-            "layout.offload_activations computes again the tokens that do not go to the host, and only those",
+            lambda job: bool(job.layout.offload_activations) and job.layout.recompute == "full",
+            "whole layers are computed again, and with layout.offload_activations above 0 tokens that would not be",
         ),
         nearest="none",
+    ),
+    JobRule(
+        "layout.recompute_modules",
+        BOTH,
+        when(
+            lambda job: (
+                _swaps(job)
+                and job.layout.recompute == "selective"
+                and not {"mlp", "moe"}.issuperset(job.layout.options["recompute_modules"])
+            ),
+            "beside layout.offload_activations what may be computed again of all tokens is mlp and moe",
+        ),
+        nearest=("mlp",),
     ),
     JobRule(
         "layout.offload_activations",
@@ -185,13 +198,6 @@ JOB_RULES = (
         when(
             lambda job: _swaps(job) and _moe(job) and bool(job.model.capacity_factor),
             "tokens come to experts in two parts, and model.capacity_factor counts them at once",
-        ),
-    ),
-    JobRule(
-        "layout.offload_activations",
-        BOTH,
-        when(
-            lambda job: _swaps(job) and _shared(job), "copies of experts (fssdp) are there for one part of the tokens"
         ),
     ),
     JobRule(

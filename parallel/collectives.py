@@ -109,14 +109,18 @@ Tensors = Mapping[int, Sequence[Tensor]]
 class Pending:
     """A collective under way."""
 
-    def __init__(self, wait: Callable[[], None], sent: int) -> None:
-        self._wait = wait
-        self.sent = sent
+    def __init__(self, wait: Callable[[], object], messages: Sequence[dist.P2POp]) -> None:
+        self._wait: Callable[[], object] | None = wait
+        # Whose memory is not to be given away before; nor is it to be kept for as long as somebody knows of this.
+        self._messages = messages
+        self.sent = sum(message.tensor.numel() for message in messages if message.op is dist.isend)
         """Elements that this rank sends in it."""
 
     def wait(self) -> None:
-        """On a GPU the current stream waits, not the host."""
-        self._wait()
+        """On a GPU the current stream waits, not the host. Nothing the second time."""
+        if self._wait is not None:
+            self._wait()
+        self._wait, self._messages = None, ()
 
 
 class Lane:
@@ -198,21 +202,15 @@ class Lane:
         return dist.P2POp(dist.irecv, part, self._ranks[sender], self._group)
 
     def _begin(self, run: Callable[[], None], messages: Sequence[dist.P2POp]) -> Pending:
-        sent = sum(message.tensor.numel() for message in messages if message.op is dist.isend)
         if self._thread is not None:
             under_way: Future[None] = self._thread.submit(run)
-            return Pending(under_way.result, sent)
+            return Pending(under_way.result, messages)
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             run()
         done = self._stream.record_event()
-
-        def wait() -> None:
-            torch.cuda.current_stream().wait_event(done)
-            _ = messages  # whose memory is not to be given away before
-
-        return Pending(wait, sent)
+        return Pending(lambda: torch.cuda.current_stream().wait_event(done), messages)
 
 
 def _parts(tensor: Tensor, ranks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

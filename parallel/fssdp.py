@@ -137,9 +137,14 @@ def calibrate(
     backward, of one token in one expert) for each token that the most loaded rank has less. The gather takes as long as
     its busiest rank. None where it is not worth it.
     """
-    before = peak(placement, loads)
+    before, mean = peak(placement, loads), sum(loads) / placement.ranks
+    if before <= mean * (1 + TOLERANCE):
+        return None
     best, best_saved = None, 0.0
     for most in range(1, slots + 1):
+        # All ranks wait for this, in each layer: what is above the mean is all that can be saved.
+        if (before - mean) * token_seconds - wire.seconds(most) <= best_saved:
+            break
         extended = _extended(sharded, placement, loads, Limits(slots, most), placement)
         moved = busiest(placement, extended)
         saved = (before - peak(extended, loads)) * token_seconds - wire.seconds(moved)

@@ -97,6 +97,9 @@ def quotas(placement: Placement, loads: Sequence[int]) -> list[list[int]]:
     """`divide` in whole tokens, [experts][holders]: each within one of its part, an expert's together its load."""
     found = []
     for load, parts in zip(loads, divide(placement, loads).taken, strict=True):
+        if len(parts) == 1:
+            found.append([load])
+            continue
         ends = [min(load, round(end)) for end in itertools.accumulate(parts)]
         ends[-1] = load
         found.append([end - start for start, end in itertools.pairwise([0, *ends])])

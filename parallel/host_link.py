@@ -76,7 +76,7 @@ class ThreadLink:
     def __init__(self, delay: Callable[[], float] = lambda: 0.0) -> None:
         """delay: seconds by which a copy is late, asked before each."""
         self._delay = delay
-        self._queues: dict[bool, SimpleQueue[_Work]] = {out: SimpleQueue() for out in (True, False)}
+        self._queues: dict[bool, SimpleQueue[_Work | None]] = {out: SimpleQueue() for out in (True, False)}
         for queue in self._queues.values():
             Thread(target=self._run, args=(queue,), daemon=True).start()
 
@@ -93,9 +93,15 @@ class ThreadLink:
     def wait(self, moment: Any) -> None:
         moment.passed.wait()
 
-    def _run(self, queue: SimpleQueue[_Work]) -> None:
-        while True:
-            pairs, after, begin, end = queue.get()
+    def close(self) -> None:
+        """No more copies follow."""
+        for queue in self._queues.values():
+            queue.put(None)
+
+    def _run(self, queue: SimpleQueue[_Work | None]) -> None:
+        while (work := queue.get()) is not None:
+            pairs, after, begin, end = work
+            del work
             for moment in after:
                 moment.passed.wait()
             if late := self._delay():
@@ -166,7 +172,7 @@ class Slab:
         self._free: list[Block] = []
 
     def take(self, size: int) -> Block | None:
-        """A block of at least so many bytes; None where the limit leaves none."""
+        """A block of at least so many bytes; None where the limit, or the machine, leaves none."""
         fitting = [block for block in self._free if len(block.bytes) >= size]
         if fitting:
             # Of equal blocks the one that has been free for longest: its reload is most likely past.
@@ -179,8 +185,13 @@ class Slab:
             self.size -= len(small.bytes)
         if self.size + size > self.limit:
             return None
+        try:
+            block = Block(size, self._is_pinned)
+        except (OSError, RuntimeError):  # the machine has less than was thought, or lets less of it be pinned
+            self.limit = self.size
+            return None
         self.size += size
-        return Block(size, self._is_pinned)
+        return block
 
     def give(self, block: Block, free: Moment) -> None:
         """Back, to be written to from then on."""

@@ -30,7 +30,7 @@ class Item:
     def follow(self, joined: Tensor, slices: Sequence[int], frames: Sequence[Frame], index: int) -> None:
         """Only runs of the first tokens go to the host; the others are the outputs `index` of the frames."""
         runs = len(joined) // sum(slices)
-        step, kept = self._all // runs, slices[0] if len(frames) < len(slices) else 0
+        step, kept = self._all // runs, sum(slices[: len(slices) - len(frames)])
         self._runs = [(run * step, kept * (step // sum(slices))) for run in range(runs)] if kept else []
         self._frames, self._index, self._dtype, self._slices = frames, index, joined.dtype, slices
 

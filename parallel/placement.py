@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,14 @@ class Placement:
     def experts(self) -> int:
         return len(self.holders)
 
-    @property
+    @cached_property
     def is_sharded(self) -> bool:
         return all(len(held) == 1 for held in self.holders)
+
+    @cached_property
+    def is_in_order(self) -> bool:
+        """Whether experts that one rank owns follow one another, and those of a lower rank come first."""
+        return self.is_sharded and all(before <= after for before, after in itertools.pairwise(self.holders))
 
     @property
     def copies(self) -> int:

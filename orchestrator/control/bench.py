@@ -40,20 +40,16 @@ def _measured(
     what: str, arguments: Sequence[str], about: dict[str, Any], out: str | None, *, quiet: bool
 ) -> dict[str, Any]:
     path = None if out is None else writable(out, "is a document, and ends in .json")
-    lines = list(told("benches", [what, *arguments], quiet=quiet))
-    facts = next(line["machine"] for line in lines if "machine" in line)
-    ceiling = max(line["ceiling"] for line in lines if "ceiling" in line)
-    machine = Machine(facts["device"], facts["kind"], 1, facts["torch"], facts["driver"], facts.get("memory_bytes", 0))
-    peak = shipped_for(machine)[0].peak_flops("bf16") if machine.kind == "cuda" else None
-    document = {
-        "bench": what,
-        **about,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"device": machine.described, "python": platform.python_version(), "versions": _versions()},
-        "peak_flops": peak,
-        "matmul_flops": ceiling,
-        "results": [_judged(line["result"], peak, ceiling) for line in lines if "result" in line],
-    }
+    lines = []
+    for line in told("benches", [what, *arguments], quiet=quiet):
+        lines.append(line)
+        # Of what takes long and wants a machine that is rarely had, each part is kept as soon as it is known.
+        if "sharing" in line.get("result", ()):
+            if not quiet:
+                print(_shared(line["result"]), flush=True)
+            if path is not None:
+                path.write_text(json.dumps(_document(what, about, lines), indent=1) + "\n", encoding="utf-8")
+    document = _document(what, about, lines)
     if not quiet:
         _show(document)
     if path is not None:
@@ -62,6 +58,22 @@ def _measured(
         if not quiet:
             print(f"\n{path}, drawn in {path.with_suffix('.png')}")
     return document
+
+
+def _document(what: str, about: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    facts = next(line["machine"] for line in lines if "machine" in line)
+    ceiling = max((line["ceiling"] for line in lines if "ceiling" in line), default=0.0)
+    machine = Machine(facts["device"], facts["kind"], 1, facts["torch"], facts["driver"], facts.get("memory_bytes", 0))
+    peak = shipped_for(machine)[0].peak_flops("bf16") if machine.kind == "cuda" else None
+    return {
+        "bench": what,
+        **about,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"device": machine.described, "python": platform.python_version(), "versions": _versions()},
+        "peak_flops": peak,
+        "matmul_flops": ceiling,
+        "results": [_judged(line["result"], peak, ceiling) for line in lines if "result" in line],
+    }
 
 
 def _judged(result: dict[str, Any], peak: float | None, ceiling: float) -> dict[str, Any]:
@@ -88,6 +100,8 @@ def _show(document: dict[str, Any]) -> None:
             rows.append([shown, result["way"], f"failed: {result['failed'][:60]}", "", "", "", "", ""])
         else:
             rows.append([shown, result["way"], *_figures(result, of)])
+            if "sharing" in result:
+                notes.append(_shared(result))
         if predicted := result.get("predicted_peak_bytes"):
             notes.append(_predicted(result, predicted))
         if notice := result.get("predicted_notice"):
@@ -96,6 +110,23 @@ def _show(document: dict[str, Any]) -> None:
     print_table(None, [*headings, ("of a product", True), ("peak GB", True)], rows)
     for note in notes:
         print(note)
+
+
+def _shared(result: dict[str, Any]) -> str:
+    """What sharing experts came to, beside what was promised and what the plan said."""
+    found, busiest = result["sharing"], result["busiest"]
+    took, foreseen = (
+        {way: f"{s * 1e3:,.1f}" for way, s in found[of].items()} for of in ("seconds", "predicted_seconds")
+    )
+    said = f"{named(result)}: {took['ep']} ms by ep, {took['fssdp']} shared"
+    said += f" (predicted {foreseen['ep']} and {foreseen['fssdp']}): {found['speedup']:.2f} times as fast"
+    said += f" (at least {found['bar']:.2f}: {'met' if found['met'] else 'missed'};"
+    said += f" predicted {found['predicted_speedup']:.2f}, {found['error']:+.1%})"
+    said += f", busiest rank {found['busiest']['ep']:.2f} of the mean by ep, {busiest['mean']:.2f} shared"
+    said += f" and at worst {busiest['worst']:.2f}"
+    if found["evened_out"] is not None:
+        said += f" (at most {found['busiest_bar']:.1f}: {'met' if found['evened_out'] else 'missed'})"
+    return f"{said}, {result['copies']:.1f} copies a layer"
 
 
 def _figures(result: dict[str, Any], of: float) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_COLOURS = {"fivefold": "#1f5a94"}
+_COLOURS = dict.fromkeys(("fivefold", "fssdp"), "#1f5a94")
 _OTHER = "#b6bcc6"
 _SWEEPS = {"sequence": "tokens in a sequence", "experts": "experts, eight of which a token visits"}
 

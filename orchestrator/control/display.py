@@ -26,6 +26,8 @@ _TOLD = {
     "attempt_failed",
     "restarting",
     "stopping",
+    "activations_stayed",
+    "activations_swapped",
 }
 _LOUD = {"checkpoint_damaged", "fault_injected", "attempt_failed"}
 

@@ -38,7 +38,7 @@ def plot_memory(requests: Sequence[Request], plan: MemoryPlan, path: Path | IO[b
     alive = most_alive(requests) / 1e9
     axes.axhline(alive, color=_BOUND, linestyle=(0, (4, 3)), linewidth=1.2, label=f"alive at once, {alive:.3f} GB")
     axes.set_xlim(min(one.first for one in requests), max(one.last for one in requests) + 1)
-    axes.set_ylim(0, 1.05 * plan.peak / 1e9)
+    axes.set_ylim(0, 1.15 * plan.peak / 1e9)
     axes.set_xlabel("allocations and frees of the step")
     axes.set_ylabel("address, GB")
     axes.set_title(f"{len(tensors):,} tensors in {plan.peak / 1e9:.3f} GB by {plan.method}, gap {plan.gap:.2%}")

@@ -126,6 +126,7 @@ class _Rank:
     def train(self) -> int:
         from orchestrator.worker import data, schedule
         from orchestrator.worker.checkpoint import Checkpoints
+        from orchestrator.worker.engines.swapping import SwapNotices
         from orchestrator.worker.memory_check import MemoryCheck
         from orchestrator.worker.snapshots import Snapshots
 
@@ -165,6 +166,7 @@ class _Rank:
                 build_seconds=built - began,
                 restore_seconds=restored - built,
             )
+        swapped = SwapNotices(job, self._launch.rank)
         unsaved: list[StepReport] = []
         left = False
         for step in range(start + 1, train.steps + 1):
@@ -208,6 +210,8 @@ class _Rank:
                 validation_loss=validation_loss,
             )
             self._reporter.send(report)
+            for kind, message, facts in swapped.of(result.swapped, phases["compute"]):
+                self._reporter.event(kind, message, **facts)
             print(f"step {step}  loss {result.loss:.6f}  grad norm {result.grad_norm:.6f}  {report.step_seconds:.3f} s")
             unsaved.append(report)
             self._enter("agree", step)

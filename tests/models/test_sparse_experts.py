@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,17 @@ from torch.utils.checkpoint import checkpoint
 
 from jobs.architecture import ModelArchitecture
 from models.deepspeed_experts import shard_experts
+from models.deepspeed_swap import swap_layers
 from models.reference import Decoder
 from models.sparse_experts import Owned
 from models.weights import draw
 from orchestrator.worker.ranks import Ranks
+from parallel import offload
 from parallel.collectives import Lane
 from parallel.estimates.hardware import Link
 from parallel.fssdp import Limits, Means, Wire
 from parallel.fssdp_dispatch import Topology
+from parallel.offload import Swap
 from parallel.placement import Placement
 
 MODEL = ModelArchitecture(
@@ -78,7 +81,17 @@ def anyhow(owned: Owned, world: int, seed: int) -> None:
         )
 
 
-def _trained(rank: int, world: int, seed: int, again: bool, means: Means) -> tuple[dict[str, np.ndarray], int]:
+@dataclass(frozen=True)
+class Swapped:
+    """How a layer's activations are kept."""
+
+    fraction: float
+    again: tuple[str, ...] = ()
+
+
+def _trained(
+    rank: int, world: int, seed: int, again: bool, means: Means, swapped: Swapped | None = None
+) -> tuple[dict[str, np.ndarray], int]:
     """Gradients of this rank's loss: of what all have, to be added up; of experts, of those that it owns."""
     decoder = Decoder(MODEL).double()
     lane = Lane(dist.group.WORLD, dist.new_group(list(range(world))), torch.device("cpu"))
@@ -98,9 +111,14 @@ def _trained(rank: int, world: int, seed: int, again: bool, means: Means) -> tup
         part.copy_(draw(name, tuple(part.shape), MODEL, 1, part.device))
     if again:
         decoder.layers = nn.ModuleList(Checkpointed(layer) for layer in decoder.layers)
+    if swapped is not None:
+        offload.SLICE = 5
+        swap_layers(decoder, Swap(torch.device("cpu"), swapped.fraction, again=swapped.again))
     tokens, target = (part[rank : rank + 1] for part in rows(world))
-    output = decoder(tokens)
-    ((output.logits * target).sum() + output.auxiliary / world).backward()
+    for _ in range(1 if swapped is None else 2):  # whose order of passes is known the second time
+        decoder.zero_grad()
+        output = decoder(tokens)
+        ((output.logits * target).sum() + output.auxiliary / world).backward()
     copies = sum(layer.placement.copies for layer in owned.layers.values())
     found = {name: parameter.grad[at].numpy() for name, (parameter, at) in named.items()}
     return found | {"logits": output.logits.detach().numpy()}, copies
@@ -146,3 +164,17 @@ def test_copies_that_are_made_when_the_gate_has_spoken_change_nothing(ranks: Ran
     free = Wire(Link(bytes_per_second=1e15, latency_seconds=0.0), 1.0)
     found = ranks.run(4, _trained, 4, 3, False, means(4, token_seconds=1.0, wire=free))
     check(4, [gradients for gradients, _ in found])
+
+
+SWAPPED = [Swapped(0.0), Swapped(0.5), Swapped(1.0), Swapped(0.5, ("moe",)), Swapped(0.0, ("layer",))]
+
+
+@pytest.mark.parametrize("swapped", SWAPPED, ids=str)
+@pytest.mark.parametrize("world", [2, 4])
+def test_copies_are_there_for_tokens_that_are_swapped_and_computed_again(
+    ranks: Ranks, world: int, swapped: Swapped
+) -> None:
+    free = Wire(Link(bytes_per_second=1e15, latency_seconds=0.0), 1.0)
+    for case in (means(world), means(world, token_seconds=1.0, wire=free)):
+        found = ranks.run(world, _trained, world, 2, False, case, swapped)
+        check(world, [gradients for gradients, _ in found])

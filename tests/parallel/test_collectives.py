@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -83,6 +84,21 @@ def test_an_owner_sends_an_expert_once_however_many_copies_it_has(ranks: Ranks) 
     assert sent[0] == size
     assert max(sent[1:]) <= size
     assert sum(sent) == 3 * size
+
+
+def test_what_has_come_is_let_go_of_by_whoever_still_knows_that_it_was_sent(ranks: Ranks) -> None:
+    assert ranks.run(2, _kept_after_waiting) == [False, False]
+
+
+def _kept_after_waiting(rank: int) -> bool:
+    lane = Lane(dist.group.WORLD, dist.new_group([0, 1]), torch.device("cpu"))
+    spread = spreads(Placement.sharded([0], 2), Placement(2, ((0, 1),)))
+    gradients = tensors(0, rank, torch.float32)
+    pending = lane.reduce_scatter(spread, {0: gradients}, {0: gradients})
+    messages = [weakref.ref(message) for message in pending._messages]
+    pending.wait()
+    lane.all_gather({}, {}, {}).wait()  # and the lane's thread has let go of what it ran before
+    return bool(messages) and any(message() is not None for message in messages)
 
 
 def _one_expert_for_all(rank: int) -> int:

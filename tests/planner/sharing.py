@@ -24,6 +24,7 @@ import numpy as np
 from jobs.compose import compose
 from parallel.estimates.copies import limits_of, wire_of
 from parallel.estimates.hardware import Hardware, hardware
+from parallel.estimates.traces import wandering
 from parallel.estimates.workload import Workload
 from parallel.fssdp import LoadHistory, busiest, materialise
 from parallel.fssdp_dispatch import Topology, peak
@@ -56,13 +57,8 @@ class Setting:
 def trace(experts: int, tokens: int, skew: float, seed: int = 1) -> Iterator[list[int]]:
     """Loads of an expert-parallel group's experts, step by step."""
     draw = np.random.default_rng(seed)
-    mean = -skew * np.log(np.arange(1, experts + 1))
-    draw.shuffle(mean)
-    off = np.zeros(experts)
-    while True:
-        off = 0.95 * off + draw.normal(0, 0.05, experts)
-        shares = np.exp(mean + off)
-        yield draw.multinomial(tokens, shares / shares.sum()).tolist()
+    for shares in wandering(draw, experts, skew):
+        yield draw.multinomial(tokens, shares).tolist()
 
 
 def simulate(setting: Setting, device: Hardware) -> dict[str, Any]:

@@ -31,9 +31,6 @@ SMALL = ("model.hidden=64", "model.heads=4", "model.kv_heads=4", "model.head_dim
 
 KEPT, AGAIN, LEAST = "all kept", "layers recomputed", "swapped, 0% of tokens"
 
-LONG_SECONDS = 60.0
-"""Of a step that is not taken twice: what comes once, as pinning host memory, is little of it."""
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -130,8 +127,15 @@ def _foretold(forecast: Forecast) -> dict[str, Any]:
     return found
 
 
-def longest(device: torch.device, layers: int, unit: int, limit: int) -> Iterator[dict[str, Any]]:
-    """For each way the longest sequence that trains, in units of tokens, as two shorter ones foretell it; then run."""
+def longest(device: torch.device, layers: int, unit: int, limit: int, share: float) -> Iterator[dict[str, Any]]:
+    """For each way the longest sequence that trains, in units of tokens, as two shorter ones foretell it; then run.
+
+    In a share of a GPU's memory: time grows with the square of what fits.
+    """
+    room = 0.0
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(share, device)
+        room = share * torch.cuda.get_device_properties(device).total_memory
     for name, recompute, swaps in ((AGAIN, "full", False), (LEAST, "none", True)):
         peaks = []
         for length in (unit, 2 * unit):
@@ -140,21 +144,20 @@ def longest(device: torch.device, layers: int, unit: int, limit: int) -> Iterato
             peaks.append((length, timed.peak_bytes or 0))
         (short, low), (long, high) = peaks
         slope = max(1.0, (high - low) / (long - short))
-        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         length = min(limit, int((0.985 * room - low) / slope + short) // (unit // 4) * (unit // 4))
         length = max(length, 2 * unit)
         while (found := _once(device, layers, length, recompute, swaps)) is None:
             length -= unit // 4
         job = job_of(device, layers, length)
         yield _figures(job, length, found) | {
-            "work": f"{layers} layers, longest sequence",
+            "work": f"{layers} layers, longest sequence in {share:.0%} of memory",
             "way": f"{name}: {length:,}",
             "sequence": length,
         }
 
 
 def _once(device: torch.device, layers: int, sequence: int, recompute: str, swaps: bool) -> Timed | None:
-    """A step, the second of two where they are short; None where memory runs out."""
+    """A step, the second of two, since the first pins host memory; None where memory runs out."""
     free(device)
     job = job_of(device, layers, sequence, recompute)
     tokens = set_up(job, device, 1, sequence)
@@ -163,9 +166,8 @@ def _once(device: torch.device, layers: int, sequence: int, recompute: str, swap
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trained = way(job, tokens, swap)
+        trained.step()
         took = seconds(trained.step, device)
-        if took < LONG_SECONDS:
-            took = seconds(trained.step, device)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         return Timed(took, took, took, peak)
     except torch.OutOfMemoryError:

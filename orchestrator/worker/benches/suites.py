@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 from collections.abc import Collection
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from jobs.spec import JobSpec
 from orchestrator.worker import determinism
-from orchestrator.worker.benches import experts, layers, offload, operations, training
+from orchestrator.worker.benches import experts, layers, offload, operations, sharing, training
 from orchestrator.worker.benches.measure import matmul_flops
 from orchestrator.worker.engines.cuda_stand_in import install
 from orchestrator.worker.profiling.timing import tell
@@ -21,6 +22,8 @@ SEQUENCES = tuple(2**power for power in range(12, 18))
 EXPERTS = (8, 16, 32, 64, 128, 256)
 TOKENS = 8192
 """Of a batch of layers, in sequences of 4,096; of a sweep, or one sequence where it is longer."""
+SHARING_SECONDS = 150.0
+"""Of one mixture: ranks that wait for one another longer than that tell where, and end."""
 
 
 def kernels(rank: int, kind: str) -> None:
@@ -77,10 +80,21 @@ def longest(rank: int, kind: str) -> None:
     """The longest sequence that a device trains with layers recomputed, and with activations swapped."""
     device = _device(rank, kind)
     _ceiling(device)
-    unit, limit = (65_536, 1_048_576) if kind == "cuda" else (256, 1024)
+    unit, limit = (16_384, 1_048_576) if kind == "cuda" else (256, 1024)
     tell(doing="the longest sequence")
-    for found in offload.longest(device, 4, unit, limit):
+    for found in offload.longest(device, 12, unit, limit, 0.25):
         tell(result=found)
+
+
+def shared(rank: int, kind: str, name: str) -> None:
+    """Steps of one mixture with experts that ranks share, and without."""
+    faulthandler.dump_traceback_later(SHARING_SECONDS, exit=True)
+    device = torch.device(kind, rank if kind == "cuda" else 0)
+    ceiling = matmul_flops(device)
+    if rank == 0:
+        tell(ceiling=ceiling)
+    sharing.measure(rank, kind, name, device)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _tell_layers(

@@ -149,7 +149,8 @@ class DeepSpeedEngine:
         self._shared.end_step(step)
         self._update_router_biases()
         dist.all_reduce(total, group=self._mesh.losses)
-        return StepResult((total / counted).item(), grad_norm, self._rows.take(), self._loads.end_step())
+        swapped = self._swap.take_figures() if self._swap else None
+        return StepResult((total / counted).item(), grad_norm, self._rows.take(), self._loads.end_step(), swapped)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         self._engine.eval()
@@ -254,10 +255,10 @@ class DeepSpeedEngine:
         # ZeRO-3 gathers what it calls a leaf at once, whichever experts are visited, and looks for tensors in its
         # output alone, not in what its parts hand one another.
         set_z3_leaf_modules(decoder, [MoE], raise_if_not_found=False)
-        swap = swapping(job, self._device)
-        if swap is not None:
-            swap_layers(decoder, swap)
-        if job.layout.recompute == "full":
+        self._swap = swapping(job, self._device)
+        if self._swap is not None:
+            swap_layers(decoder, self._swap)
+        elif job.layout.recompute == "full":
             for layer in decoder.layers.values():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         return decoder

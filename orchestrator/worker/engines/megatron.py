@@ -171,7 +171,8 @@ class MegatronEngine:
         # One broadcast from the last rank, which is on the last stage: equal everywhere to the last bit.
         figures = torch.stack((loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=self._device)))
         dist.broadcast(figures, src=self._layout.world - 1)
-        return StepResult(*figures.tolist(), self._rows.take(), self._loads.end_step())
+        swapped = self._swap.take_figures() if self._swap else None
+        return StepResult(*figures.tolist(), self._rows.take(), self._loads.end_step(), swapped)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         for chunk in self._chunks:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.weights import Shard, Source
 from orchestrator.files import FileEntry, Hook, unhindered
+from parallel.offload import Figures
 
 Kept = Literal["weight", "exp_avg", "exp_avg_sq"]
 """What is kept of a parameter: the weight that the optimizer steps, in fp32, and Adam's two moments."""
@@ -49,6 +50,8 @@ class StepResult:
     expert_loads: dict[int, list[int]] | None = None
     """By layer of a stage, from 0, the tokens of each expert over all ranks: of a step that is recorded, from one rank
     of the stage."""
+    swapped: Figures | None = None
+    """What swapping this rank's activations came to; None: they stay."""
 
 
 class Engine(Protocol):

@@ -48,11 +48,14 @@ LAYOUTS: list[dict[str, Any]] = [
     {"dp": 2, "pp": 2, "ep": 2},
     {"dp": 2, "pp": 2, "vpp": 2, "ep": 2},
     {"dp": 4, "ep": 4, "recompute": "full"},
+    {"dp": 4, "ep": 4, "offload_activations": 0.5},
+    {"tp": 2, "pp": 2, "ep": 2, "offload_activations": 0.0, "recompute": "full"},
     {"dp": 4, "ep": 4, "recompute": "selective", "recompute_modules": ("core_attn", "moe")},
     {"engine": "deepspeed", "dp": 2, "ep": 2, "zero_stage": 0},
     {"engine": "deepspeed", "dp": 4, "ep": 2, "zero_stage": 1},
     {"engine": "deepspeed", "dp": 4, "ep": 4, "zero_stage": 2},
     {"engine": "deepspeed", "dp": 2, "pp": 2, "ep": 2, "zero_stage": 1},
+    {"engine": "deepspeed", "dp": 4, "ep": 4, "zero_stage": 1, "offload_activations": 0.5},
     {"engine": "deepspeed", "cp": 2, "dp": 2, "ep": 4, "zero_stage": 2, "recompute": "full"},
 ]
 
