@@ -247,6 +247,7 @@ class JobSpec(Spec):
     checkpoint: CheckpointSpec
     policy: PolicySpec
     fault: FaultSpec = FaultSpec()
+    plan_memory: bool = Field(False, description="tell a step's peak before the first, by short rehearsals of it")
     chaos: tuple[Injection, ...] = Field((), description="faults that `fivefold chaos` injects, each once a run")
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.choice import jit, tl, triton_takes
+from kernels.rehearsal import stands_for
 
 CHUNK_ELEMENTS = 1 << 27
 """Logits at once: 256 MiB in 16 bits."""
@@ -57,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants = ctx.needs_input_grad[:2]
         of_hidden = torch.empty_like(hidden) if wants[0] else None
         of_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if wants[1] else None
-        chunks = max(1, -(-len(hidden) * len(weight) // CHUNK_ELEMENTS))
+        chunks = max(1, -(-stands_for(len(hidden)) * len(weight) // CHUNK_ELEMENTS))
         for rows in torch.arange(len(hidden)).tensor_split(chunks):
             run = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0)
             losses, gradient = loss_and_gradient(hidden[run] @ weight.T, labels[run], counted[run])

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.rehearsal import stands_for
 from parallel.host_link import Block, Link, Moment, Pair, Slab, link_of
 from parallel.offload_visit import Visit
 from parallel.swap import SLICE
@@ -84,6 +85,7 @@ class Swap:
         """In flight, by number."""
         self._leaving: list[Visit] = []
         self._figures = Figures()
+        self._stood_for = SLICE
 
     def recomputed(self, compute: Callable[[Tensor], Any], hidden: Tensor, layer: nn.Module) -> Any:
         """`compute(hidden)`, a layer's forward pass that backward does again: its input alone goes to the host."""
@@ -97,6 +99,9 @@ class Swap:
         """A forward pass of `layer` over hidden states [tokens, ...], which has a backward pass."""
         if not self._visits:
             self._before, self._events = self._events, []
+            before, self._stood_for = self._stood_for, stands_for(SLICE)
+            if self._stood_for != before:
+                self.slab.discard()  # blocks of another length
         for early in self._leaving[:-1]:
             early.leave()
         self._leaving = self._leaving[-1:]

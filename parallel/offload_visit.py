@@ -6,11 +6,13 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from kernels.rehearsal import stands_for
 from parallel.host_link import Block, Moment
 from parallel.offload_tensors import Frame, Holder, Item, View, joined_of, pieces_of, restore
 
@@ -42,10 +44,11 @@ class Visit:
     def __init__(self, swap: Swap, hidden: Tensor, layer: nn.Module, stays: bool) -> None:
         self.swap = swap
         self._tokens = len(hidden)
-        cut = int(swap.fraction * self._tokens)
-        cut = cut if cut == self._tokens or cut < 32 * GRANULE else cut // GRANULE * GRANULE
+        whole = stands_for(self._tokens)
+        cut = int(swap.fraction * whole)
+        cut = cut if cut == whole or cut < 32 * GRANULE else cut // GRANULE * GRANULE
         kept = _evenly(cut, swap.slice)
-        self._kept, self._slices = len(kept), kept + _evenly(self._tokens - cut, swap.slice)
+        self._kept, self._slices = len(kept), _shrunk(kept + _evenly(whole - cut, swap.slice), self._tokens)
         """How many slices go to the host, and the tokens of each slice."""
         self._never = {each.untyped_storage().data_ptr() for each in layer.parameters()}
         """Storages that stay where they are: weights, and what comes from outside the layer."""
@@ -269,3 +272,10 @@ def _evenly(tokens: int, most: int) -> list[int]:
     tiles, rest = divmod(tokens, tile)
     slices = [tile * (tiles // number + (at < tiles % number)) for at in range(number)]
     return [*slices[:-1], slices[-1] + rest] if slices else []
+
+
+def _shrunk(slices: list[int], tokens: int) -> list[int]:
+    """As many slices of fewer tokens, in proportion."""
+    whole = sum(slices)
+    ends = [round(end * tokens / whole) for end in accumulate(slices)]
+    return [end - begin for begin, end in pairwise([0, *ends])]

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.spec import JobSpec
 from orchestrator.control.bench_plot import named, plot
-from orchestrator.control.display import print_table
+from orchestrator.control.display import bytes_text, print_table
 from orchestrator.control.measuring import told, writable
 from parallel.evidence.machine_profile import Machine, shipped_for
 from parallel.planning.planner import Plan
@@ -102,6 +102,10 @@ def _show(document: dict[str, Any]) -> None:
             rows.append([shown, result["way"], *_figures(result, of)])
             if "sharing" in result:
                 notes.append(_shared(result))
+        if predicted := result.get("predicted_peak_bytes"):
+            notes.append(_predicted(result, predicted))
+        if notice := result.get("predicted_notice"):
+            notes.append(f"{result['way']}: {notice}")
     headings = [("", False), ("", False), ("ms", True), ("10 .. 90%", True), (unit, True), ("MFU", True)]
     print_table(None, [*headings, ("of a product", True), ("peak GB", True)], rows)
     for note in notes:
@@ -137,6 +141,17 @@ def _figures(result: dict[str, Any], of: float) -> list[str]:
         f"{share:.1%}" if share else "",
         f"{peak / 1e9:.2f}" if peak is not None else "",
     ]
+
+
+def _predicted(result: dict[str, Any], predicted: int) -> str:
+    """What rehearsals said of a way's peak, beside what it came to."""
+    measured = result["seconds"]["peak_bytes"]
+    text = f"{result['way']}: {bytes_text(predicted)} predicted before the first step, "
+    text += f"{bytes_text(measured)} measured ({predicted / measured - 1:+.1%})"
+    if "placed_gap" in result:
+        text += f"; placed by {result['placed_by']} in {bytes_text(result['placed_bytes'])}"
+        text += f", {result['placed_gap']:.1%} above the bound"
+    return text
 
 
 def _versions() -> dict[str, str]:

@@ -18,6 +18,9 @@ HEADER = f"{'step':>7}  {'loss':>8}  {'grad norm':>9}  {'tokens/s':>9}  {'MFU':>
 _TOLD = {
     "nodes_requested",
     "nodes_ready",
+    "memory_planned",
+    "memory_unplanned",
+    "memory_checked",
     "checkpoint_damaged",
     "fault_injected",
     "attempt_failed",

@@ -25,6 +25,7 @@ from orchestrator.control.controller import Controller
 from orchestrator.control.display import Display, bytes_text
 from orchestrator.control.expert_plot import plot_expert_loads
 from orchestrator.control.injector import Injector
+from orchestrator.control.memory_picture import plot_told_memory
 from orchestrator.control.plot import plot_ledger, plot_loss, plot_ranks
 from orchestrator.control.record import LIVE, RunRecord, State, Throughput, new_status, status_of
 from orchestrator.messages import Event, Stop
@@ -271,6 +272,11 @@ def summary(run: RunFolder, outcome: Stop) -> dict[str, Any]:
         picture = io.BytesIO()
         plot_expert_loads(loads, picture)
         run.write("expert_loads.png", picture.getvalue())
+    told = run.read_json("memory.json")
+    if told and told["requests"]:
+        picture = io.BytesIO()
+        plot_told_memory(told, picture)
+        run.write("memory.png", picture.getvalue())
     return {
         "run_id": run.run_id,
         "run_folder": run.place,

@@ -26,7 +26,15 @@ def import_engine(engine: str, device: str) -> ModuleType:
     """Everything that takes seconds to import, before ranks are forked. Gives the engine's module."""
     import torch.distributed  # noqa: F401
 
-    from orchestrator.worker import checkpoint, collectives_seen, data, preflight, schedule, snapshots  # noqa: F401
+    from orchestrator.worker import (  # noqa: F401
+        checkpoint,
+        collectives_seen,
+        data,
+        memory_check,
+        preflight,
+        schedule,
+        snapshots,
+    )
 
     if engine == "deepspeed":
         from orchestrator.worker.engines import deepspeed
@@ -119,6 +127,7 @@ class _Rank:
         from orchestrator.worker import data, schedule
         from orchestrator.worker.checkpoint import Checkpoints
         from orchestrator.worker.engines.swapping import SwapNotices
+        from orchestrator.worker.memory_check import MemoryCheck
         from orchestrator.worker.snapshots import Snapshots
 
         job, layout, train = self._job, self._layout, self._job.train
@@ -137,6 +146,13 @@ class _Rank:
         start = checkpoints.restore(engine) if kept is None else kept
         if start == 0 and job.init_from is not None:
             self._read_weights(engine, job.init_from)
+        restored = time.monotonic()
+        dp_rank = layout.coordinates(self._launch.rank)["dp"]
+        micro_batch = job.layout.micro_batch
+        assert micro_batch is not None, "job.json is resolved before it is run"
+        memory = MemoryCheck(self._launch, layout, self._device, self._reporter)
+        if job.plan_memory and start < train.steps:
+            memory.rehearse(engine, text.batches(start + 1, dp_rank, layout.dp, micro_batch), start)
         if self._launch.rank == 0:
             self._reporter.event(
                 "training_started",
@@ -148,11 +164,8 @@ class _Rank:
                 unigram_entropy=text.unigram_entropy,
                 train_tokens=text.train_tokens,
                 build_seconds=built - began,
-                restore_seconds=time.monotonic() - built,
+                restore_seconds=restored - built,
             )
-        dp_rank = layout.coordinates(self._launch.rank)["dp"]
-        micro_batch = job.layout.micro_batch
-        assert micro_batch is not None, "job.json is resolved before it is run"
         swapped = SwapNotices(job, self._launch.rank)
         unsaved: list[StepReport] = []
         left = False
@@ -164,7 +177,8 @@ class _Rank:
             self._enter("compute", step)
             rate = schedule.learning_rate(train, step)
             self._seen.take()
-            result = engine.train_step(step, self._faults.learning_rate(rate), batches)
+            with memory.checked():
+                result = engine.train_step(step, self._faults.learning_rate(rate), batches)
             clock.append(time.monotonic())
             waited = self._seen.take()
             last = step == train.steps

@@ -47,9 +47,9 @@ def fivefold(opened: Opened) -> Iterator[Fivefold]:
 
 @pytest.fixture(scope="session")
 def undisturbed(opened: Opened) -> Iterator[tuple[Fivefold, Answer]]:
-    """One run that nothing happened to, and the command that reads it."""
+    """One run that nothing happened to, rehearsed before its first step, and the command that reads it."""
     with opened() as fivefold:
-        yield fivefold, fivefold("run", JOB)
+        yield fivefold, fivefold("run", JOB, "plan_memory=true")
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,14 @@ def test_checkpoints_are_whole_and_the_newest_are_kept(undisturbed: tuple[Fivefo
     assert all(each["whole"] and each["files"] > 4 for each in answer.document["checkpoints"])
 
 
+def test_the_peak_is_told_before_the_first_step_and_held_against_it(run: RunFolder) -> None:
+    assert [kind for kind in kinds(run) if kind.startswith("memory")] == ["memory_planned", "memory_checked"]
+    memory = run.read_json("memory.json")
+    # 64 tokens are rehearsed by 4 to 16, whose routing is not theirs; tests/orchestrator/worker has longer ones.
+    assert memory["predicted_bytes"] == pytest.approx(memory["measured_bytes"], rel=0.3)
+    assert run.read("memory.png").startswith(b"\x89PNG")
+
+
 def test_the_folder_reads_with_a_text_editor(undisturbed: tuple[Fivefold, Answer], run: RunFolder) -> None:
     fivefold, answer = undisturbed
     folder = Path(run.place)

@@ -55,6 +55,20 @@ def test_any_order_is_a_plan(asked: list[Request], tightest: bool, random: Rando
     assert_valid(asked, MemoryPlan(addresses, peak, most_alive(asked), "greedy"))
 
 
+@given(requests(40), st.booleans())
+def test_placed_as_made_what_is_over_is_in_nobodys_way(asked: list[Request], tightest: bool) -> None:
+    asked.sort(key=lambda one: one.first)
+    assert place(asked, tightest, as_made=True) == place(asked, tightest)
+
+
+def test_very_many_tensors_are_placed_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "_ORDERED_AT_MOST", 100)
+    asked = step(12)
+    plan = plan_memory(asked, effort=0)
+    assert_valid(asked, plan)
+    assert plan.gap < 0.01
+
+
 @settings(deadline=None)
 @given(requests(6))
 def test_few_tensors_are_placed_as_well_as_can_be(asked: list[Request]) -> None:

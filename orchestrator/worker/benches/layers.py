@@ -149,10 +149,14 @@ def _deterministic(job: JobSpec, tokens: Tensor) -> Step:
 def model_of(job: JobSpec, tokens: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
     model = build_model(job, transformer_config(job, Layout()), tokens.device)
     drawn(model.parameters())
+    return model, loss_of(model, tokens)
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Callable[[], Tensor]:
     places = torch.arange(tokens.shape[1] - 1, device=tokens.device)[None]
     counted = torch.full(tokens[:, 1:].shape, 1 / tokens[:, 1:].numel(), device=tokens.device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return model, lambda: model(inputs, places, None, labels=labels, loss_mask=counted)
+    return lambda: model(inputs, places, None, labels=labels, loss_mask=counted)
 
 
 def _megatron(job: JobSpec, tokens: Tensor) -> Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor
 from jobs.compose import compose
 from jobs.spec import JobSpec
 from models.megatron_specs import Layer
-from orchestrator.worker.benches.layers import forward_backward, model_of, set_up
+from orchestrator.worker.benches.layers import forward_backward, loss_of, model_of, set_up
 from orchestrator.worker.benches.measure import Timed, seconds, side_by_side
 from orchestrator.worker.host_memory import available_bytes
 from parallel.estimates.swapping import HOST_SHARE
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
+from parallel.memory_forecast import Forecast, placed
+from parallel.memory_trace import rehearse, tracing
 from parallel.offload import Swap
 from parallel.swap import Host, plan_swap
 
@@ -37,6 +39,8 @@ class Trained:
     step: Callable[[], Any]
     model: Callable[[], Tensor]
     """The loss alone."""
+    short: Callable[[int], Any]
+    """A step of its first tokens, so many."""
     swap: Swap | None
 
 
@@ -48,11 +52,15 @@ def job_of(device: torch.device, layers: int, sequence: int, recompute: str = "n
 
 
 def way(job: JobSpec, tokens: Tensor, swap: Swap | None) -> Trained:
-    model, loss_of = model_of(job, tokens)
+    model, loss = model_of(job, tokens)
     for layer in model.modules():
         if isinstance(layer, Layer):
             layer.swap = swap
-    return Trained(forward_backward(model, loss_of), loss_of, swap)
+
+    def short(length: int) -> None:
+        forward_backward(model, loss_of(model, tokens[:, : length + 1]))()
+
+    return Trained(forward_backward(model, loss), loss, short, swap)
 
 
 def closed_form(job: JobSpec, tokens: Tensor) -> tuple[float, dict[str, float]]:
@@ -88,9 +96,15 @@ def compare(device: torch.device, layers: int, sequence: int, rounds: int) -> It
         swapped: way(job, tokens, Swap(device, share, host)),
         LEAST: way(job, tokens, Swap(device, 0.0, host)),
     }
+    told = {name: rehearse(each.short, sequence, 1, device) for name, each in ways.items()}
     times = side_by_side({name: each.step for name, each in ways.items()}, device, rounds)
     for name, timed in times.items():
+        if device.type == "cpu":
+            with tracing(device) as trace:
+                ways[name].step()
+            timed = replace(timed, peak_bytes=trace.peak - trace.resident)
         found = _figures(job, sequence, timed) | {"work": f"{layers} layers, sequence {sequence:,}", "way": name}
+        found |= _foretold(told[name])
         swap = ways[name].swap
         if swap is not None:
             swap.take_figures()
@@ -100,6 +114,17 @@ def compare(device: torch.device, layers: int, sequence: int, rounds: int) -> It
             found |= {"left_bytes": figures.left, "host_bytes": swap.slab.size}
         yield found
     ways.clear()
+
+
+def _foretold(forecast: Forecast) -> dict[str, Any]:
+    """What a step was to need beyond what was there, known before the first; and how little room it could do with."""
+    if not forecast.peak:
+        return {"predicted_notice": forecast.notice}
+    found = {"predicted_peak_bytes": forecast.peak - forecast.resident, "predicted_notice": forecast.notice}
+    if forecast.requests:
+        plan = placed(forecast.requests)[1]
+        found |= {"placed_bytes": plan.peak, "placed_by": plan.method, "placed_gap": plan.gap}
+    return found
 
 
 def longest(device: torch.device, layers: int, unit: int, limit: int, share: float) -> Iterator[dict[str, Any]]:

@@ -272,7 +272,7 @@ class MegatronEngine:
             data_iterator=[iter(held) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=len(batches),
-            seq_length=self._train.sequence_length,
+            seq_length=batches[0].tokens.shape[1],
             micro_batch_size=len(batches[0].tokens),
             forward_only=forward_only,
         )

@@ -60,6 +60,22 @@ def test_a_sweep_is_drawn_as_curves(tmp_path: Path, document: tuple[dict[str, An
     assert (tmp_path / "swept.png").stat().st_size > 20_000
 
 
+def test_a_peak_that_was_told_is_shown_beside_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {"median": 6.5, "low": 6.5, "high": 6.5, "peak_bytes": 18_900_000_000}
+    told = {"predicted_peak_bytes": 19_000_000_000, "predicted_notice": ""}
+    placed = {"placed_bytes": 19_100_000_000, "placed_by": "greedy", "placed_gap": 0.005}
+    ways = [
+        {"work": "5 layers", "way": "swapped", "seconds": seconds, **told, **placed},
+        {"work": "5 layers", "way": "kept", "seconds": seconds, "predicted_notice": "nothing was traced"},
+    ]
+    bench._show({"matmul_flops": 1e12, "machine": {"device": "H200"}, "results": ways})
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "swapped: 19.00 GB predicted before the first step, 18.90 GB measured (+0.5%); "
+        "placed by greedy in 19.10 GB, 0.5% above the bound",
+        "kept: nothing was traced",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -57,7 +57,7 @@ def small_job(
         engine=engine,
         model=model,
         data=DataSpec(files=("unused",), packing=packing),
-        cluster=ClusterSpec(name="test", device="cpu", hardware="laptop", devices_per_node=8),
+        cluster=ClusterSpec(name="test", device="cpu", hardware="laptop_cpu", devices_per_node=8),
         layout=LayoutSpec(**{"micro_batch": 2, **layout}),
         train=TrainSpec(**{**given, **train}),
         checkpoint=CheckpointSpec(interval=checkpoint_interval),
