@@ -18,6 +18,7 @@ from orchestrator.worker.benches.measure import Timed, seconds, side_by_side
 from orchestrator.worker.host_memory import available_bytes
 from parallel.estimates.swapping import HOST_SHARE
 from parallel.estimates.workload import Workload
+from parallel.host_link import Slab
 from parallel.layout import Layout
 from parallel.memory_forecast import Forecast, placed
 from parallel.memory_trace import rehearse, tracing
@@ -31,14 +32,15 @@ SMALL = ("model.hidden=64", "model.heads=4", "model.kv_heads=4", "model.head_dim
 
 KEPT, AGAIN, LEAST = "all kept", "layers recomputed", "swapped, 0% of tokens"
 
+MOST = 0.75
+"""Of tokens: a share that leaves more memory than what the link would carry."""
+
 
 @dataclass(frozen=True)
 class Trained:
     """A way to train: a step, and what swaps in it."""
 
     step: Callable[[], Any]
-    model: Callable[[], Tensor]
-    """The loss alone."""
     short: Callable[[int], Any]
     """A step of its first tokens, so many."""
     swap: Swap | None
@@ -60,7 +62,7 @@ def way(job: JobSpec, tokens: Tensor, swap: Swap | None) -> Trained:
     def short(length: int) -> None:
         forward_backward(model, loss_of(model, tokens[:, : length + 1]))()
 
-    return Trained(forward_backward(model, loss), loss, short, swap)
+    return Trained(forward_backward(model, loss), short, swap)
 
 
 def closed_form(job: JobSpec, tokens: Tensor) -> tuple[float, dict[str, float]]:
@@ -68,16 +70,12 @@ def closed_form(job: JobSpec, tokens: Tensor) -> tuple[float, dict[str, float]]:
     device = tokens.device
     host = HOST_SHARE * available_bytes()
     probe = way(job, tokens, Swap(device, 0.0, host))
-    for _ in range(2):
-        probe.step()
     assert probe.swap is not None
-    probe.swap.take_figures()
-    probe.step()
+    for _ in range(2):  # before the first the order of passes is not known
+        probe.swap.take_figures()
+        probe.step()
     figures = probe.swap.take_figures()
-    link = figures.copied / figures.copying
-    with torch.no_grad():
-        probe.model()
-        layer = min(seconds(probe.model, device) for _ in range(2)) / job.model.layers
+    link, layer = figures.copied / figures.copying, figures.computing / figures.layers
     plan = plan_swap(Workload.of(job, Layout(), 1), 0, Host(link, 1, host, 1), layer)
     return plan.alpha, {"link_bytes_per_second": link, "layer_seconds": layer, "host_bytes": plan.host_bytes}
 
@@ -88,15 +86,19 @@ def compare(device: torch.device, layers: int, sequence: int, rounds: int) -> It
     tokens = set_up(job, device, 1, sequence)
     share, facts = closed_form(job, tokens)
     free(device)
-    swapped = f"swapped, {share:.0%} of tokens"
-    host = HOST_SHARE * available_bytes()
+    slab = Slab(HOST_SHARE * available_bytes(), device.type == "cuda")
     ways = {
         KEPT: way(job, tokens, None),
         AGAIN: way(job_of(device, layers, sequence, "full"), tokens, None),
-        swapped: way(job, tokens, Swap(device, share, host)),
-        LEAST: way(job, tokens, Swap(device, 0.0, host)),
     }
+    for part in sorted({share, min(share, MOST), 0.0}, reverse=True):
+        swap = Swap(device, part)
+        swap.slab = slab  # ways take turns, and pages are pinned once
+        ways[f"swapped, {part:.0%} of tokens"] = way(job, tokens, swap)
     told = {name: rehearse(each.short, sequence, 1, device) for name, each in ways.items()}
+    for each in ways.values():
+        if each.swap is not None:
+            each.swap.take_figures()
     times = side_by_side({name: each.step for name, each in ways.items()}, device, rounds)
     for name, timed in times.items():
         if device.type == "cpu":
@@ -107,11 +109,9 @@ def compare(device: torch.device, layers: int, sequence: int, rounds: int) -> It
         found |= _foretold(told[name])
         swap = ways[name].swap
         if swap is not None:
-            swap.take_figures()
-            ways[name].step()
-            figures = swap.take_figures()
-            found |= facts | {"stalled_seconds": figures.stalled, "swapped_bytes": figures.copied}
-            found |= {"left_bytes": figures.left, "host_bytes": swap.slab.size}
+            figures, steps = swap.take_figures(), rounds + 2
+            found |= facts | {"stalled_seconds": figures.stalled / steps, "swapped_bytes": figures.copied / steps}
+            found |= {"left_bytes": figures.left, "host_bytes": slab.size}
         yield found
     ways.clear()
 
