@@ -95,7 +95,7 @@ def compare(device: torch.device, layers: int, sequence: int, rounds: int) -> It
         swap = Swap(device, part)
         swap.slab = slab  # ways take turns, and pages are pinned once
         ways[f"swapped, {part:.0%} of tokens"] = way(job, tokens, swap)
-    told = {name: rehearse(each.short, sequence, 1, device) for name, each in ways.items()}
+    told = {name: _rehearsed(each, sequence, device) for name, each in ways.items()}
     for each in ways.values():
         if each.swap is not None:
             each.swap.take_figures()
@@ -114,6 +114,13 @@ def compare(device: torch.device, layers: int, sequence: int, rounds: int) -> It
             found |= {"left_bytes": figures.left, "host_bytes": slab.size}
         yield found
     ways.clear()
+
+
+def _rehearsed(trained: Trained, sequence: int, device: torch.device) -> Forecast:
+    try:
+        return rehearse(trained.short, sequence, 1, device)
+    except Exception as error:  # of whatever kind: the steps are to be timed all the same
+        return Forecast(notice=f"the rehearsal failed: {error!r}")
 
 
 def _foretold(forecast: Forecast) -> dict[str, Any]:
