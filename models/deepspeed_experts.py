@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -29,7 +29,8 @@ class ExpertMLP(nn.Module):
     def __init__(self, experts: Experts, first: int, held: int) -> None:
         """first: the number, among `experts`, of the first of the `held` that are here."""
         super().__init__()
-        self._numbers = range(first, first + held)
+        self.numbers = range(first, first + held)
+        """Not told by the parameters, whose shape ZeRO-3 takes away."""
         width, hidden = experts[0].gate.weight.shape
         empty = experts[0].gate.weight.new_empty
         self.gate_up = nn.Parameter(empty(held, 2, width, hidden))
@@ -38,15 +39,6 @@ class ExpertMLP(nn.Module):
     def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """Rows by expert [rows, hidden], their routers' weights [rows], how many each expert has -> [rows, hidden]."""
         return expert_mlp(rows, weights, counts.cumsum(0, dtype=torch.int32), self.gate_up.flatten(1, 2), self.down)
-
-    def parts(self, name: str) -> Iterator[tuple[Index, str]]:
-        """Where in the parameter `name` which of the experts' tensors is, named from the experts' own name on."""
-        for index, number in enumerate(self._numbers):  # not of the parameter, whose shape ZeRO-3 takes away
-            if name == "down":
-                yield (index,), f"{number}.down.weight"
-            else:
-                yield (index, 0), f"{number}.gate.weight"
-                yield (index, 1), f"{number}.up.weight"
 
 
 class GroupedExperts(nn.Module):
@@ -136,11 +128,11 @@ def shard_experts(decoder: nn.Module, group: dist.ProcessGroup, lane: Lane, mean
         experts = layer.moe.experts
         width, hidden = experts[0].gate.weight.shape
         empty = experts[0].gate.weight.new_empty
-        places = range(len(experts) // dist.get_world_size(group))
+        places = len(experts) // dist.get_world_size(group)
         sparse = SparseExperts(
             layer.moe.router.model,
-            [nn.Parameter(empty(2, width, hidden)) for _ in places],
-            [nn.Parameter(empty(hidden, width)) for _ in places],
+            nn.Parameter(empty(places, 2, width, hidden)),
+            nn.Parameter(empty(places, hidden, width)),
             *(lane, group, means),
         )
         layer.moe.experts = FullyShardedExperts(sparse)
@@ -177,22 +169,22 @@ def parts_of(decoder: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[Inde
         owner, _, own = name.rpartition(".")
         module = decoder.get_submodule(owner)
         if isinstance(module, ExpertMLP):
-            yield parameter, [(index, owner.removesuffix("mlp") + tensor) for index, tensor in module.parts(own)]
-        elif isinstance(module, nn.ParameterList):
-            experts, _, kind = owner.partition(".sparse.")
-            yield parameter, list(_parts_of_place(decoder.get_submodule(f"{experts}.sparse"), experts, kind, int(own)))
+            yield parameter, _parts(owner.removesuffix("mlp"), module.numbers, own)
+        elif isinstance(module, SparseExperts):  # that lie as expert parallelism has them
+            yield parameter, _parts(owner.removesuffix("sparse"), module.even.held_by(module.rank), own)
         else:
             yield parameter, [((), name)]
 
 
-def _parts_of_place(sparse: SparseExperts, experts: str, kind: str, place: int) -> Iterator[tuple[Index, str]]:
-    """Of experts that lie as expert parallelism has them."""
-    number = sparse.even.held_by(sparse.rank)[place]
-    if kind == "down":
-        yield (), f"{experts}.{number}.down.weight"
-    else:
-        yield (0,), f"{experts}.{number}.gate.weight"
-        yield (1,), f"{experts}.{number}.up.weight"
+def _parts(experts: str, numbers: Sequence[int], name: str) -> list[tuple[Index, str]]:
+    """Where in the parameter `name` which tensor of the experts with these numbers is; experts: what they are called."""
+    if name == "down":
+        return [((index,), f"{experts}{number}.down.weight") for index, number in enumerate(numbers)]
+    return [
+        ((index, at), f"{experts}{number}.{half}.weight")
+        for index, number in enumerate(numbers)
+        for at, half in enumerate(("gate", "up"))
+    ]
 
 
 def _ordered(routing: Routing, experts: int) -> tuple[Order, Tensor]:

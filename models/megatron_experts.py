@@ -32,16 +32,8 @@ class GroupedExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
-        self._etp, self._ep, self._replicas = pg_collection.expt_tp, pg_collection.ep, pg_collection.expt_dp
-        width = config.moe_ffn_hidden_size // self._etp.size()
-        self.gate_up = self._weight(num_local_experts, 2 * width, config.hidden_size, divided=1)
-        self.down = self._weight(num_local_experts, config.hidden_size, width, divided=2)
-
-    def _weight(self, experts: int, rows: int, columns: int, divided: int) -> torch.nn.Parameter:
-        device = torch.cuda.current_device()
-        weight = torch.nn.Parameter(torch.empty(experts, rows, columns, dtype=self.config.params_dtype, device=device))
-        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=divided, stride=1)
-        return weight
+        self._groups = pg_collection
+        self.gate_up, self.down = weights_of(num_local_experts, config, pg_collection)
 
     def forward(self, rows: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
         """Rows by expert [rows, hidden], how many each has, and their routers' weights [rows] -> [rows, hidden]."""
@@ -51,37 +43,59 @@ class GroupedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> ShardedStateDict:
-        """Stored as Megatron stores experts one by one: a dimension of experts, the whole of gate before that of up."""
-        return {
-            f"{prefix}gate_up": self._stored(f"{prefix}experts.linear_fc1.weight", self.gate_up, sharded_offsets, 0, 2),
-            f"{prefix}down": self._stored(f"{prefix}experts.linear_fc2.weight", self.down, sharded_offsets, 1, 1),
-        }
+        return stored(prefix, self.gate_up, self.down, sharded_offsets, self._groups)
 
-    def _stored(
-        self, key: str, stack: Tensor, layers: tuple[Any, ...], divided: int, parts: int
-    ) -> ShardedTensorFactory:
-        """`stack` [experts here, ...], of which `parts` halves lie apart along the dimension that ETP divides."""
-        held, place = len(stack), len(layers)
-        first, experts = held * self._ep.rank(), held * self._ep.size()
-        rank, degree = self._etp.rank(), self._etp.size()
 
-        def build(name: str, whole: Tensor, replica: ReplicaId, flattened: Any) -> list[ShardedTensor]:
-            return [
-                ShardedTensor.from_rank_offsets(
-                    name,
-                    half,
-                    *layers,
-                    (place, first + index, experts),
-                    (place + 1 + divided, rank + part * degree, degree * parts),
-                    replica_id=replica,
-                    prepend_axis_num=place + 1,
-                )
-                for index, expert in enumerate(whole)
-                for part, half in enumerate(expert.chunk(parts, divided))
-            ]
+def weights_of(
+    experts: int, config: TransformerConfig, groups: ProcessGroupCollection
+) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """`gate_up` and `down` of so many experts here, without values yet."""
 
-        def merge(stored: list[Tensor]) -> Tensor:
-            with torch.no_grad():
-                return torch.stack([torch.cat(stored[at : at + parts], divided) for at in range(0, len(stored), parts)])
+    def weight(rows: int, columns: int, divided: int) -> torch.nn.Parameter:
+        device = torch.cuda.current_device()
+        made = torch.nn.Parameter(torch.empty(experts, rows, columns, dtype=config.params_dtype, device=device))
+        set_tensor_model_parallel_attributes(made, is_parallel=True, dim=divided, stride=1)
+        return made
 
-        return ShardedTensorFactory(key, stack, build, merge, (0, 0, self._replicas.rank()))
+    width = config.moe_ffn_hidden_size // groups.expt_tp.size()
+    return weight(2 * width, config.hidden_size, 1), weight(config.hidden_size, width, 2)
+
+
+def stored(
+    prefix: str, gate_up: Tensor, down: Tensor, layers: tuple[Any, ...], groups: ProcessGroupCollection
+) -> ShardedStateDict:
+    """As Megatron stores experts one by one: a dimension of experts, the whole of gate before that of up."""
+    return {
+        f"{prefix}gate_up": _stored(f"{prefix}experts.linear_fc1.weight", gate_up, layers, groups, 0, 2),
+        f"{prefix}down": _stored(f"{prefix}experts.linear_fc2.weight", down, layers, groups, 1, 1),
+    }
+
+
+def _stored(
+    key: str, stack: Tensor, layers: tuple[Any, ...], groups: ProcessGroupCollection, divided: int, parts: int
+) -> ShardedTensorFactory:
+    """`stack` [experts here, ...], of which `parts` halves lie apart along the dimension that ETP divides."""
+    held, place = len(stack), len(layers)
+    first, experts = held * groups.ep.rank(), held * groups.ep.size()
+    rank, degree = groups.expt_tp.rank(), groups.expt_tp.size()
+
+    def build(name: str, whole: Tensor, replica: ReplicaId, flattened: Any) -> list[ShardedTensor]:
+        return [
+            ShardedTensor.from_rank_offsets(
+                name,
+                half,
+                *layers,
+                (place, first + index, experts),
+                (place + 1 + divided, rank + part * degree, degree * parts),
+                replica_id=replica,
+                prepend_axis_num=place + 1,
+            )
+            for index, expert in enumerate(whole)
+            for part, half in enumerate(expert.chunk(parts, divided))
+        ]
+
+    def merge(stored: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([torch.cat(stored[at : at + parts], divided) for at in range(0, len(stored), parts)])
+
+    return ShardedTensorFactory(key, stack, build, merge, (0, 0, groups.expt_dp.rank()))

@@ -91,10 +91,6 @@ class _Cut:
             case ["mlp", "experts", "local_experts", local, linear, "weight"]:
                 index = int(local) + self._at["ep"] * self._model.experts // self._layout.ep
                 yield from self._swiglu(f"{layer}.moe.experts.{index}", linear, tensor, "etp")
-            case ["mlp", "experts", "gate_up" | "down" as stack, place]:  # of FSSDP, as expert parallelism has them
-                linear = "linear_fc1" if stack == "gate_up" else "linear_fc2"
-                weight = tensor.flatten(0, -2)
-                yield from self._layer(layer, f"mlp.experts.local_experts.{place}.{linear}.weight", weight)
             case ["mlp", "experts", "gate_up" | "down" as stack]:
                 linear = "linear_fc1" if stack == "gate_up" else "linear_fc2"
                 for local in range(len(tensor)):

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedStateDict, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -20,6 +16,7 @@ from torch import Tensor, nn
 
 from jobs.architecture import ModelArchitecture
 from models.megatron_dispatch import DepartingDispatcher
+from models.megatron_experts import stored, weights_of
 from models.megatron_specs import Layer
 from models.sparse_experts import Away, Owned, SparseExperts
 from parallel.collectives import Lane
@@ -39,15 +36,8 @@ class FullyShardedExperts(SparseExperts):
         lane: Lane,
         means: Means,
     ) -> None:
-        def weight(*shape: int) -> nn.Parameter:
-            made = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device()))
-            set_tensor_model_parallel_attributes(made, is_parallel=True, dim=0, stride=1)
-            return made
-
-        width, hidden, places = config.moe_ffn_hidden_size, config.hidden_size, range(num_local_experts)
-        gate_up, down = [weight(2, width, hidden) for _ in places], [weight(hidden, width) for _ in places]
-        super().__init__(model, gate_up, down, lane, pg_collection.ep, means)
-        self.config, self._replicas = config, pg_collection.expt_dp
+        super().__init__(model, *weights_of(num_local_experts, config, pg_collection), lane, pg_collection.ep, means)
+        self.config, self._groups = config, pg_collection
 
     def forward(self, away: Away, chosen: Tensor, weights: Tensor) -> tuple[Tensor, None]:
         return super().forward(away), None
@@ -56,49 +46,10 @@ class FullyShardedExperts(SparseExperts):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> ShardedStateDict:
         """As `models.megatron_experts` stores them. Only of experts that lie as expert parallelism has them."""
-        places = len(self.gate_up)
-        first = places * dist.get_rank(self._group)
         state = make_sharded_tensors_for_checkpoint(
             {"chosen": self.chosen, "history": self.history}, prefix, {}, sharded_offsets
         )
-        for at in range(places):
-            for name, stored, parts in (("gate_up", "linear_fc1", 2), ("down", "linear_fc2", 1)):
-                state[f"{prefix}{name}.{at}"] = expert_factory(
-                    f"{prefix}experts.{stored}.weight",
-                    getattr(self, name)[at],
-                    sharded_offsets,
-                    (first + at, self.experts),
-                    parts,
-                    self._replicas.rank(),
-                )
-        return state
-
-
-def expert_factory(
-    key: str, tensor: Tensor, layers: tuple[Any, ...], expert: tuple[int, int], parts: int, replica: int
-) -> ShardedTensorFactory:
-    """Of one expert, a whole tensor or `parts` of one; `expert`: its number, and how many there are."""
-    place = len(layers)
-
-    def build(name: str, whole: Tensor, replica_id: ReplicaId, flattened: Any) -> list[ShardedTensor]:
-        return [
-            ShardedTensor.from_rank_offsets(
-                name,
-                part,
-                *layers,
-                (place, *expert),
-                (place + 1, number, parts),
-                replica_id=replica_id,
-                prepend_axis_num=place + 1,
-            )
-            for number, part in enumerate(whole.view(parts, -1, whole.shape[-1]))
-        ]
-
-    def merge(stored: list[Tensor]) -> Tensor:
-        with torch.no_grad():
-            return torch.stack(stored).view(tensor.shape)
-
-    return ShardedTensorFactory(key, tensor, build, merge, (0, 0, replica))
+        return state | stored(prefix, self.gate_up, self.down, sharded_offsets, self._groups)
 
 
 class SparseDispatcher(DepartingDispatcher):

@@ -28,18 +28,31 @@ from parallel.placement import Placement
 from parallel.replicas import Replicas, is_backward
 
 
+class Stack(NamedTuple):
+    """Some experts of a layer, and their weights as autograd sees them."""
+
+    experts: Sequence[int] = ()
+    gate_up: Tensor | None = None
+    """[experts, 2 * width, hidden], gate first; None of no expert."""
+    down: Tensor | None = None
+    """[experts, hidden, width]."""
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return () if self.gate_up is None or self.down is None else (self.gate_up, self.down)
+
+
 class Here(NamedTuple):
     """What a rank computes a layer's tokens with, where they come in parts."""
 
     placement: Placement
-    stacks: list[tuple[Any, ...]]
-    """Each of some experts: their numbers, and their gate_up and down as autograd sees them."""
+    stacks: list[Stack]
     replicas: list[Replicas]
     """That are entered, and to be left."""
 
     @property
     def weights(self) -> list[Tensor]:
-        return [weight for _, *both in self.stacks for weight in both if weight is not None]
+        return [weight for stack in self.stacks for weight in stack.weights]
 
 
 class Away(NamedTuple):
@@ -47,15 +60,16 @@ class Away(NamedTuple):
 
     trip: Trip
     ways: Ways
+    stacks: list[Stack]
+    """Of the experts that are here already."""
     replicas: list[Replicas]
     """To be entered when the tokens have come."""
-    here: Here | None
 
 
 class SparseExperts(nn.Module):
     """A layer's experts, and this rank's places for experts of any layer.
 
-    `gate_up` and `down` have a parameter a place: [2, width, hidden], gate first, and [hidden, width].
+    `gate_up` [places, ..., hidden], of each place gate before up, and `down` [places, hidden, width].
     """
 
     owners: Tensor
@@ -65,14 +79,14 @@ class SparseExperts(nn.Module):
     def __init__(
         self,
         model: ModelArchitecture,
-        gate_up: Sequence[nn.Parameter],
-        down: Sequence[nn.Parameter],
+        gate_up: nn.Parameter,
+        down: nn.Parameter,
         lane: Lane,
         group: dist.ProcessGroup,
         means: Means,
     ) -> None:
         super().__init__()
-        self.gate_up, self.down = nn.ParameterList(gate_up), nn.ParameterList(down)
+        self.gate_up, self.down = gate_up, down
         self.arrivals = nn.Identity()
         """Sees the rows that this rank computes."""
         self.experts, self.top_k = model.experts, model.top_k
@@ -85,12 +99,13 @@ class SparseExperts(nn.Module):
         # experts lie evenly; these are the owners that they go back to.
         self.register_buffer("chosen", torch.empty(self.experts, dtype=torch.int64))
         self.register_buffer("history", torch.empty(WINDOW, self.experts, dtype=torch.int64))
-        self.held: dict[int, Sequence[Tensor]] = {}
-        """By expert that this rank owns, its parameters, wherever they lie."""
+        self.held: dict[int, Place] = {}
+        """By expert that this rank owns, ascending places, in whichever layer."""
         self.sharded = self.placement = self.even = even
         self._loads = torch.zeros(self.experts, dtype=torch.int64)
         self._copied: Replicas | None = None
-        self._is_sent_for = False
+        self._own: Stack | None = None
+        """There from when copies were sent for until tokens depart."""
         self._here: Here | None = None
         self.last: Replicas | None = None
         self.last_below: Callable[[], Replicas | None] = _none
@@ -120,9 +135,9 @@ class SparseExperts(nn.Module):
         is_first_pass = torch.is_grad_enabled() and not is_backward()
         below = self.last_below() if is_first_pass else None
         self._copied = self._copies({} if self.placement.is_sharded else spreads(self.sharded, self.placement), below)
-        self._is_sent_for = True
         self.last = self._copied if is_first_pass else None
-        return hidden if self._copied is None else self._copied.begin(hidden)
+        hidden, self._own = self._begun(self._copied, hidden, self._own_stack())
+        return hidden
 
     def enter(self, weights: Tensor, counts: Tensor) -> tuple[Tensor, Here]:
         """Before tokens depart in parts: have the copies that all of them want, and whose gradients go back together.
@@ -130,14 +145,14 @@ class SparseExperts(nn.Module):
         Routers' weights, and this rank's tokens of each expert [experts]. Gives the weights that are to depart.
         Forward: an all-gather of as many counts as there are experts.
         """
-        if not self._is_sent_for:
+        if self._own is None:
             weights = self.send_for_copies(weights)
         loads = [sum(each) for each in zip(*self._gathered(counts).answer(), strict=True)]
-        weights, placement, replicas = self._completed(weights, loads)
-        stacks = [self._own_stacks()]
+        weights, own, placement, replicas = self._completed(weights, loads)
+        stacks = [own]
         for each in replicas:
             weights, *copies = each.enter(weights)
-            stacks.append((each.experts, *copies))
+            stacks.append(Stack(each.experts, *copies))
         return weights, Here(placement, stacks, replicas)
 
     @contextmanager
@@ -160,7 +175,7 @@ class SparseExperts(nn.Module):
         forward, an all-gather of as many counts as there are experts and an all-to-all of counts.
         """
         here = self._here
-        if here is None and not self._is_sent_for:
+        if here is None and self._own is None:
             hidden = self.send_for_copies(hidden)
         order = order_by_expert(chosen, self.top_k)
         asked = self._gathered(order.counts)
@@ -170,21 +185,23 @@ class SparseExperts(nn.Module):
         tokens, replicas = asked.answer(), []
         if here is None:
             loads = [sum(each) for each in zip(*tokens, strict=True)]
-            hidden, further, replicas = self._completed(hidden, loads)
+            hidden, own, further, replicas = self._completed(hidden, loads)
+            stacks = [own]
             if further is not placement:
                 placement, set_out = further, None
+        else:
+            stacks = here.stacks
         trip = Trip.of(placement, self.means.topology, tokens, order, self.rank, self._group)
-        return Away(trip, trip.depart(*(set_out or packed(hidden, weights, trip.order))), replicas, here)
+        return Away(trip, trip.depart(*(set_out or packed(hidden, weights, trip.order))), stacks, replicas)
 
     def forward(self, away: Away) -> Tensor:
         """The weighted sum of what each token's experts make of it, [tokens, hidden]."""
-        trip, ways, replicas, here = away
+        trip, ways, stacks, replicas = away
         rows, of_rows = (way.arrive() for way in ways)
         rows = self.arrivals(rows)
-        stacks = [self._own_stacks()] if here is None else here.stacks
         for each in replicas:
             rows, *copies = each.enter(rows)
-            stacks.append((each.experts, *copies))
+            stacks = [*stacks, Stack(each.experts, *copies)]
         made = trip.computed(rows, of_rows, stacks)
         for each in replicas:
             made = each.leave(made)
@@ -196,25 +213,39 @@ class SparseExperts(nn.Module):
         dist.all_gather_into_tensor(all_counts, counts, group=self._group)
         return OnTheHost(all_counts.view(self._ranks, self.experts))
 
-    def _completed(self, begun: Tensor, loads: Sequence[int]) -> tuple[Tensor, Placement, list[Replicas]]:
+    def _completed(self, begun: Tensor, loads: Sequence[int]) -> tuple[Tensor, Stack, Placement, list[Replicas]]:
         """The copies that were sent for and, now that loads are known, more; `begun` itself; loads are remembered."""
         if self.training and not is_backward():  # once, if forward is computed again in it
             self._loads += torch.tensor(loads)
-        self._is_sent_for = False
         replicas, self._copied = [] if self._copied is None else [self._copied], None
+        own, self._own = self._own, None
+        assert own is not None
         further = self._calibrated(loads)
         if further is None:
-            return begun, self.placement, replicas
+            return begun, own, self.placement, replicas
         extra = self._copies(spreads(self.sharded, further, self.placement))
         assert extra is not None
-        return extra.begin(begun), further, [*replicas, extra]
+        begun, own = self._begun(extra, begun, own)
+        return begun, own, further, [*replicas, extra]
 
     def _copies(self, spread: Mapping[int, Spread], below: Replicas | None = None) -> Replicas | None:
         if not spread:
             return None
-        owned = {expert: self.held[expert] for expert in spread if expert in self.held}
-        shapes = (self.gate_up[0].flatten(0, 1).shape, self.down[0].shape)
-        return Replicas(self._lane, spread, owned, shapes, self.gate_up[0], below)
+        owned = {expert: self._weights(*self.held[expert]) for expert in spread if expert in self.held}
+        first = self._weights(self, 0)
+        return Replicas(self._lane, spread, owned, [each.shape for each in first], first[0], below)
+
+    def _begun(self, copied: Replicas | None, hidden: Tensor, own: Stack) -> tuple[Tensor, Stack]:
+        if copied is None:
+            return hidden, own
+        at = {expert: place for place, expert in enumerate(own.experts)}
+        hidden, *weights = copied.begin(hidden, own.weights, at)
+        return hidden, Stack(own.experts, *weights)
+
+    @staticmethod
+    def _weights(home: SparseExperts, at: int) -> tuple[Tensor, Tensor]:
+        """Of the expert in a place, without autograd: [2 * width, hidden] and [hidden, width]."""
+        return home.gate_up.data[at].flatten(0, -2), home.down.data[at]
 
     def _calibrated(self, loads: Sequence[int]) -> Placement | None:
         means = self.means
@@ -223,12 +254,23 @@ class SparseExperts(nn.Module):
         slots = means.limits.slots
         return calibrate(self.sharded, self.placement, loads, slots, means.token_seconds, means.wire)
 
-    def _own_stacks(self) -> tuple[Any, ...]:
-        """Experts in the order of their addresses, and their weights, which are not copied where they adjoin."""
-        own = sorted(self.held, key=lambda expert: self.held[expert][0].data_ptr())
-        gate_up = _Stack.apply(*(self.held[expert][0] for expert in own)) if own else None
-        down = _Stack.apply(*(self.held[expert][1] for expert in own)) if own else None
-        return own, None if gate_up is None else gate_up.flatten(1, 2), down
+    def _own_stack(self) -> Stack:
+        """This rank's experts in the order of their places; all of the layer's own are its parameters."""
+        if not self.held:
+            return Stack()
+        places = list(self.held.values())
+        if places == [(self, at) for at in range(len(self.gate_up))]:
+            gate_up, down = self.gate_up, self.down
+        else:
+            homes = list(dict.fromkeys(home for home, _ in places))
+            runs = [[at for home, at in places if home is each] for each in homes]
+            gate_up = _Gathered.apply(runs, *(home.gate_up for home in homes))
+            down = _Gathered.apply(runs, *(home.down for home in homes))
+        return Stack(tuple(self.held), gate_up.flatten(1, -2), down)
+
+
+Place = tuple[SparseExperts, int]
+"""One of a layer's places, by its number there."""
 
 
 def _none() -> None:
@@ -249,7 +291,7 @@ class Owned:
             layer.last_below = partial(getattr, below, "last")
         for layer in self.layers.values():
             layer.reset()
-        self.places = [(layer, at) for layer in self.layers.values() for at in range(len(layer.gate_up))]
+        self.places: list[Place] = [(layer, at) for layer in self.layers.values() for at in range(len(layer.gate_up))]
         self.experts: list[tuple[int, int]] = []
         """Layer and expert that lie in each of `places`."""
         self.settle()
@@ -324,32 +366,23 @@ class Owned:
         assert len(self.experts) == len(self.places), "all ranks own equally many experts"
         for layer in self.layers.values():
             layer.held = {}
-        for (number, expert), (home, at) in zip(self.experts, self.places, strict=True):
-            self.layers[number].held[expert] = (home.gate_up[at], home.down[at])
-
-    def parameters(self) -> Iterator[tuple[int, int, nn.Parameter, nn.Parameter]]:
-        """Layer, expert, and its gate_up and down."""
-        for (number, expert), (home, at) in zip(self.experts, self.places, strict=True):
-            yield number, expert, home.gate_up[at], home.down[at]
+        for (number, expert), place in zip(self.experts, self.places, strict=True):
+            self.layers[number].held[expert] = place
 
 
-class _Stack(torch.autograd.Function):
-    """Tensors of one shape as one; no copy where they follow one another in memory."""
+class _Gathered(torch.autograd.Function):
+    """Some places' tensors as one, each parameter's in turn; no copy where they adjoin in one."""
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        first, size = tensors[0], tensors[0].numel()
-        step = size * first.element_size()
-        adjoin = all(
-            tensor.is_contiguous()
-            and tensor.data_ptr() == first.data_ptr() + number * step
-            and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            for number, tensor in enumerate(tensors)
-        )
-        if not adjoin:
-            return torch.stack(tensors)
-        return first.data.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    def forward(ctx: Any, runs: Sequence[Sequence[int]], *parameters: Tensor) -> Tensor:
+        ctx.runs, ctx.shapes = runs, [parameter.shape for parameter in parameters]
+        taken = [parameter.data[run[0] : run[-1] + 1] for run, parameter in zip(runs, parameters, strict=True)]
+        return taken[0] if len(taken) == 1 else torch.cat(taken)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return gradient.unbind()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        parts = gradient.split([len(run) for run in ctx.runs])
+        found = [gradient.new_zeros(shape) for shape in ctx.shapes]
+        for whole, part, run in zip(found, parts, ctx.runs, strict=True):
+            whole[run[0] : run[-1] + 1] = part
+        return None, *found

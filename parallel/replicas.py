@@ -4,9 +4,11 @@ The schedule is Hecate's. Copies are brought while attention computes and droppe
 backward they are brought again, while the backward pass of the layer above is in its attention; their gradients go back
 to the owners behind attention's own backward. Three functions of autograd, which change no value, see to it:
 
-    hidden = replicas.begin(hidden)     before attention: copies are sent for; backward: their gradients have come
-    rows   = replicas.enter(rows)       before the experts: copies are there; backward: their gradients are sent
-    out    = replicas.leave(out)        after them: copies are dropped; backward: they are there again
+    hidden, *own = replicas.begin(hidden, own, at)     before attention: copies are sent for; backward: their gradients
+                                                       have come, and are added to those of the owners' own weights
+    rows, *copies = replicas.enter(rows)               before the experts: copies are there; backward: their gradients
+                                                       are sent
+    out = replicas.leave(out)                          after them: copies are dropped; backward: they are there again
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Replicas:
         like: Tensor,
         before: Replicas | None,
     ) -> None:
-        """owned: by expert of `spread` that this rank owns, its parameters, of these shapes and `like` one of them.
+        """owned: by expert of `spread` that this rank owns, its tensors, of these shapes and `like` one of them.
 
         before: what the micro-batch's layer below has, whose copies backward wants next.
         """
@@ -44,17 +46,18 @@ class Replicas:
         """Of each of the experts' tensors, all copies [number of copies, ...]; empty while they are dropped."""
         self._sizes = [stack.untyped_storage().nbytes() for stack in self.stacks]
         self._token = like.new_zeros(0)
+        self._at: Mapping[int, int] = {}
         self._gathering: Pending | None = None
         self._reducing: Pending | None = None
         self._sums: dict[int, list[Tensor]] = {}
         self._are_here = False
         self._send_for()
 
-    def begin(self, hidden: Tensor) -> Tensor:
-        """Gives `hidden` itself."""
-        parameters = [tensor for _, tensors in sorted(self._owned.items()) for tensor in tensors]
-        hidden, self._token = _Begin.apply(hidden, self, *parameters)
-        return hidden
+    def begin(self, hidden: Tensor, own: Sequence[Tensor], at: Mapping[int, int]) -> tuple[Tensor, ...]:
+        """Gives `hidden` itself and `own`, the stacks of this rank's own experts, which lie there `at` these places."""
+        self._at = at
+        hidden, self._token, *own = _Begin.apply(hidden, self, *own)
+        return hidden, *own
 
     def enter(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Gives `rows`, and the stacks of copies as backward is to see them."""
@@ -104,12 +107,14 @@ class Replicas:
         if self._reducing is None:
             self._send_for()
 
-    def _returned(self) -> list[Tensor]:
-        """Of the parameters given to `begin`, what copies' gradients come to."""
+    def _returned(self, gradients: Sequence[Tensor]) -> None:
+        """To gradients of the stacks given to `begin`, add what copies' gradients come to."""
         assert self._reducing is not None, "copies that were entered in forward are entered in backward"
         self._reducing.wait()
-        sums, self._sums, self._before = self._sums, {}, None
-        return [total for _, tensors in sorted(sums.items()) for total in tensors]
+        for expert, totals in self._sums.items():
+            for gradient, total in zip(gradients, totals, strict=True):
+                gradient[self._at[expert]] += total
+        self._sums, self._before = {}, None
 
     def _by_expert(self, stacks: Sequence[Tensor]) -> dict[int, list[Tensor]]:
         """Not as tensors that autograd has saved: their contents change behind its back."""
@@ -118,13 +123,14 @@ class Replicas:
 
 class _Begin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, replicas: Replicas, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, replicas: Replicas, *own: Tensor) -> tuple[Tensor, ...]:
         ctx.replicas = replicas
-        return hidden.view_as(hidden), hidden.new_zeros(0)
+        return hidden.view_as(hidden), hidden.new_zeros(0), *(stack.view_as(stack) for stack in own)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, None, *ctx.replicas._returned()
+    def backward(ctx: Any, gradient: Tensor, _: Tensor, *of_own: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.replicas._returned(of_own)  # which are nobody else's: they were made of all that the stacks were used for
+        return gradient, None, *of_own
 
 
 class _Enter(torch.autograd.Function):

@@ -99,10 +99,10 @@ def _trained(
     if seed:
         anyhow(owned, world, seed)
     named: dict[str, tuple[nn.Parameter, Any]] = {}
-    for layer, expert, gate_up, down in owned.parameters():
+    for (layer, expert), (home, at) in zip(owned.experts, owned.places, strict=True):
         name = f"layers.{layer}.moe.experts.{expert}"
-        named |= {f"{name}.gate.weight": (gate_up, 0), f"{name}.up.weight": (gate_up, 1)}
-        named[f"{name}.down.weight"] = (down, slice(None))
+        named |= {f"{name}.gate.weight": (home.gate_up, (at, 0)), f"{name}.up.weight": (home.gate_up, (at, 1))}
+        named[f"{name}.down.weight"] = (home.down, at)
     for name, parameter in decoder.named_parameters():
         if ".sparse." not in name:
             named[name] = (parameter, slice(None))

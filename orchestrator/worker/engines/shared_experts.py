@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from jobs.spec import JobSpec
-from models.sparse_experts import Owned, Owners
+from models.sparse_experts import Owned, Owners, Place
 from models.weights import Shard, whole
 from orchestrator.worker.engines.protocol import KEPT, Kept
 from parallel.collectives import Lane
@@ -129,22 +130,30 @@ def move_experts(owned: Owned, owners: Owners, group: dist.ProcessGroup, state: 
     rank, before = dist.get_rank(group), owned.owners()
     if before == owners:
         return
-    lay = list(owned.parameters())
+    lay = owned.experts
     owned.own(owners)
     # By place: on a rank whose experts come or go, others move up.
-    is_new = [(was[:2] != now[:2]) for was, now in zip(lay, owned.parameters(), strict=True)]
-    taken = {
-        (number, expert): [state.read(tensor, kept).cpu() for tensor in pair for kept in KEPT]
-        for (number, expert, *pair), moves in zip(lay, is_new, strict=True)
-        if moves
-    }
-    brought = _carried(before, owners, taken, rank, group, lay[0][2:])
-    for (number, expert, *pair), moves in zip(owned.parameters(), is_new, strict=True):
-        if moves:
-            values = iter(brought.pop((number, expert)))
-            for tensor in pair:
-                for kept in KEPT:
-                    state.write(tensor, kept, next(values))
+    moved = [place for place, was, now in zip(owned.places, lay, owned.experts, strict=True) if was != now]
+    was_in, is_in = (dict(zip(owned.places, experts, strict=True)) for experts in (lay, owned.experts))
+    taken: dict[tuple[int, int], list[Tensor]] = {was_in[place]: [] for place in moved}
+    for parameter, kept, places in _kept_in(moved):
+        whole = state.read(parameter, kept)
+        for place in places:
+            taken[was_in[place]].append(whole[place[1]].cpu())
+    home = owned.places[0][0]
+    brought = _carried(before, owners, taken, rank, group, (home.gate_up.data[0], home.down.data[0]))
+    for parameter, kept, places in _kept_in(moved):
+        whole = state.read(parameter, kept)
+        for place in places:
+            whole[place[1]] = brought[is_in[place]].pop(0)
+        state.write(parameter, kept, whole)
+
+
+def _kept_in(places: Sequence[Place]) -> Iterator[tuple[Parameter, Kept, list[Place]]]:
+    """Every parameter that has some of these places, with what is kept of it and them."""
+    for home in dict.fromkeys(home for home, _ in places):
+        for parameter, kept in itertools.product((home.gate_up, home.down), KEPT):
+            yield parameter, kept, [place for place in places if place[0] is home]
 
 
 def _carried(
