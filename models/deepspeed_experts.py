@@ -177,7 +177,7 @@ def parts_of(decoder: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[Inde
 
 
 def _parts(experts: str, numbers: Sequence[int], name: str) -> list[tuple[Index, str]]:
-    """Where in the parameter `name` which tensor of the experts with these numbers is; experts: what they are called."""
+    """Where in the parameter `name` which tensor of experts with these numbers is; experts: their names' begin."""
     if name == "down":
         return [((index,), f"{experts}{number}.down.weight") for index, number in enumerate(numbers)]
     return [

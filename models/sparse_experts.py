@@ -107,6 +107,8 @@ class SparseExperts(nn.Module):
         self._own: Stack | None = None
         """There from when copies were sent for until tokens depart."""
         self._here: Here | None = None
+        self.turns = False
+        """Whether a micro-batch's backward pass begins here, as soon as its forward pass has ended."""
         self.last: Replicas | None = None
         self.last_below: Callable[[], Replicas | None] = _none
         """`last` of the layer that a micro-batch visits before this one on this rank."""
@@ -134,7 +136,8 @@ class SparseExperts(nn.Module):
         """Before the layer's attention; `depart` does it otherwise. Gives `hidden` itself."""
         is_first_pass = torch.is_grad_enabled() and not is_backward()
         below = self.last_below() if is_first_pass else None
-        self._copied = self._copies({} if self.placement.is_sharded else spreads(self.sharded, self.placement), below)
+        spread = {} if self.placement.is_sharded else spreads(self.sharded, self.placement)
+        self._copied = self._copies(spread, below, self.turns and is_first_pass)
         self.last = self._copied if is_first_pass else None
         hidden, self._own = self._begun(self._copied, hidden, self._own_stack())
         return hidden
@@ -228,12 +231,14 @@ class SparseExperts(nn.Module):
         begun, own = self._begun(extra, begun, own)
         return begun, own, further, [*replicas, extra]
 
-    def _copies(self, spread: Mapping[int, Spread], below: Replicas | None = None) -> Replicas | None:
+    def _copies(
+        self, spread: Mapping[int, Spread], below: Replicas | None = None, stay: bool = False
+    ) -> Replicas | None:
         if not spread:
             return None
         owned = {expert: self._weights(*self.held[expert]) for expert in spread if expert in self.held}
         first = self._weights(self, 0)
-        return Replicas(self._lane, spread, owned, [each.shape for each in first], first[0], below)
+        return Replicas(self._lane, spread, owned, [each.shape for each in first], first[0], below, stay)
 
     def _begun(self, copied: Replicas | None, hidden: Tensor, own: Stack) -> tuple[Tensor, Stack]:
         if copied is None:
@@ -295,6 +300,10 @@ class Owned:
         self.experts: list[tuple[int, int]] = []
         """Layer and expert that lie in each of `places`."""
         self.settle()
+
+    def turn(self) -> None:
+        """Micro-batches come back from the last of the layers at once."""
+        list(self.layers.values())[-1].turns = True
 
     def decision(self) -> Callable[[], list[Placement]]:
         """What finds, of what is remembered now, which experts of each layer to copy. Alike on all ranks."""

@@ -33,14 +33,16 @@ class Replicas:
         shapes: Sequence[torch.Size],
         like: Tensor,
         before: Replicas | None,
+        stays: bool = False,
     ) -> None:
         """owned: by expert of `spread` that this rank owns, its tensors, of these shapes and `like` one of them.
 
-        before: what the micro-batch's layer below has, whose copies backward wants next.
+        before: what the micro-batch's layer below has, whose copies backward wants next. stays: backward comes next,
+        and copies are not dropped before it.
         """
         self.experts = tuple(expert for expert, (_, receivers) in sorted(spread.items()) if lane.rank in receivers)
         """That this rank receives."""
-        self._lane, self._spread, self._owned, self._before = lane, spread, owned, before
+        self._lane, self._spread, self._owned, self._before, self._stays = lane, spread, owned, before, stays
         number = len(self.experts)
         self.stacks = [torch.empty(number, *shape, dtype=like.dtype, device=like.device) for shape in shapes]
         """Of each of the experts' tensors, all copies [number of copies, ...]; empty while they are dropped."""
@@ -151,7 +153,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, replicas: Replicas) -> Tensor:
         ctx.replicas = replicas
-        if not is_backward():  # which, where it computes forward again, wants them next
+        if not (replicas._stays or is_backward()):  # where that computes forward again, it wants them next
             replicas._drop()
         return out.view_as(out)
 

@@ -98,6 +98,8 @@ def _trained(
     owned = Owned(shard_experts(decoder, dist.group.WORLD, lane, means))
     if seed:
         anyhow(owned, world, seed)
+    if seed % 2:
+        owned.turn()
     named: dict[str, tuple[nn.Parameter, Any]] = {}
     for (layer, expert), (home, at) in zip(owned.experts, owned.places, strict=True):
         name = f"layers.{layer}.moe.experts.{expert}"

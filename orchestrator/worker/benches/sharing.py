@@ -47,15 +47,15 @@ LEARNING_RATE = 1e-5
 
 SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
     "cuda": {
-        "mixtral_8x7b": ("model=mixtral_8x7b", "model.layers=2"),
-        "qwen3_30b_a3b": ("model=qwen3_30b_a3b", "model.layers=4"),
+        "mixtral_8x7b": ("model=mixtral_8x7b", "model.layers=3", "train.global_batch=32"),
+        "qwen3_30b_a3b": ("model=qwen3_30b_a3b", "model.layers=4", "train.global_batch=16"),
     },
     "cpu": {"small": ("model=quickstart", "model.layers=2")},
 }
 SIZES = {
     # Micro-batches of four sequences: behind attention of less the link moves no expert of Mixtral's 352 MB.
     "cuda": (
-        *("model.vocab=32000", "cluster=h200_x2", "train.sequence_length=4096", "train.global_batch=16"),
+        *("model.vocab=32000", "cluster=h200_x2", "train.sequence_length=4096"),
         *("layout.micro_batch=4", "train.precision=bf16"),
     ),
     "cpu": (

@@ -80,9 +80,9 @@ def longest(rank: int, kind: str) -> None:
     """The longest sequence that a device trains with layers recomputed, and with activations swapped."""
     device = _device(rank, kind)
     _ceiling(device)
-    unit, limit = (16_384, 1_048_576) if kind == "cuda" else (256, 1024)
+    unit, limit = (8_192, 1_048_576) if kind == "cuda" else (256, 1024)
     tell(doing="the longest sequence")
-    for found in offload.longest(device, 12, unit, limit, 0.25):
+    for found in offload.longest(device, 12, unit, limit, 1 / 6):
         tell(result=found)
 
 

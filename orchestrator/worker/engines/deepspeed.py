@@ -252,6 +252,8 @@ class DeepSpeedEngine:
         for buffer in decoder.buffers():
             buffer.zero_()
         self._owned = Owned(layers) if layers else None
+        if self._owned is not None and mesh.at["pp"] == layout.pp - 1:
+            self._owned.turn()
         # ZeRO-3 gathers what it calls a leaf at once, whichever experts are visited, and looks for tensors in its
         # output alone, not in what its parts hand one another.
         set_z3_leaf_modules(decoder, [MoE], raise_if_not_found=False)

@@ -106,6 +106,9 @@ class MegatronEngine:
             build_model(job, config, device, index if layout.vpp > 1 else None, experts) for index in range(layout.vpp)
         ]
         owned = [share_experts(model) for model in self._models] if shared else []
+        if self._last_stage and layout.vpp == 1:
+            for each in filter(None, owned):
+                each.turn()
         fill(self._shards(), drawn(job.model, self._train.seed))
         self._swap = swapping(job, device)
         for layer in (module for model in self._models for module in model.modules()):
