@@ -18,7 +18,8 @@ from jobs.architecture import ModelArchitecture
 from models.megatron_dispatch import DepartingDispatcher
 from models.megatron_experts import stored, weights_of
 from models.megatron_specs import Layer
-from models.sparse_experts import Away, Owned, SparseExperts
+from models.sparse_experts import Away, SparseExperts
+from models.sparse_owners import Owned
 from parallel.collectives import Lane
 from parallel.fssdp import Means
 

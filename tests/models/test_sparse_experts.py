@@ -17,7 +17,7 @@ from jobs.architecture import ModelArchitecture
 from models.deepspeed_experts import shard_experts
 from models.deepspeed_swap import swap_layers
 from models.reference import Decoder
-from models.sparse_experts import Owned
+from models.sparse_owners import Owned
 from models.weights import draw
 from orchestrator.worker.ranks import Ranks
 from parallel import offload

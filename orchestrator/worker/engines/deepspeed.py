@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from jobs.spec import JobSpec
 from models.reference import MoE, Router, Routing
-from models.sparse_experts import Owned, SparseExperts
+from models.sparse_experts import SparseExperts
+from models.sparse_owners import Owned
 from models.stages import Stage
 from models.weights import Shard, Source, drawn, fill, whole
 from orchestrator.files import FileEntry, Hook, unhindered

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from jobs.spec import JobSpec
-from models.sparse_experts import Owned, Owners, Place
+from models.sparse_experts import Place
+from models.sparse_owners import Owned, Owners
 from models.weights import Shard, whole
 from orchestrator.worker.engines.protocol import KEPT, Kept
 from parallel.collectives import Lane

@@ -13,7 +13,7 @@ import torch
 from small_jobs import small_job, small_model
 
 from jobs.spec import JobSpec
-from models import sparse_experts
+from models import sparse_owners
 from orchestrator.worker.engines import deepspeed, megatron, shared_experts
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
 from orchestrator.worker.exactness.oracle import settled
@@ -95,13 +95,13 @@ def _walk(rank: int, leg: Leg) -> Walked:
     if leg.load:
         engine.load(leg.load)
     at, losses, grad_norms, copies = layout.coordinates(rank)["dp"], [], [], []
-    copy = sparse_experts.Owned.copy
+    copy = sparse_owners.Owned.copy
 
-    def counted(owned: sparse_experts.Owned, placements: Sequence[Placement]) -> None:
+    def counted(owned: sparse_owners.Owned, placements: Sequence[Placement]) -> None:
         copies.append(sum(placement.copies for placement in placements))
         copy(owned, placements)
 
-    sparse_experts.Owned.copy = counted
+    sparse_owners.Owned.copy = counted
     for step in leg.steps:
         batches = micro_batches(global_batch(leg.spec, step), at, layout.dp, micro_batch)
         result = engine.train_step(step, learning_rate(leg.spec.train, step), batches)
