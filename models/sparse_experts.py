@@ -132,7 +132,7 @@ class SparseExperts(nn.Module):
         """
         if not self._is_sent_for:
             weights = self.send_for_copies(weights)
-        loads = [sum(each) for each in zip(*self._gathered(counts).answer(), strict=True)]
+        loads = self._gathered(counts).answer().sum(0).tolist()
         weights, placement, replicas = self._completed(weights, loads)
         stacks = [self._own_stacks()]
         for each in replicas:
@@ -157,7 +157,7 @@ class SparseExperts(nn.Module):
         """Hidden states [tokens, hidden], who is chosen (bool) and routers' weights, both [tokens, experts], set out.
 
         Forward and backward: each an all-to-all of the tokens' copies there and one back, but for those that stay; and,
-        forward, an all-gather of as many counts as there are experts and an all-to-all of counts.
+        forward, an all-gather of as many counts as there are experts.
         """
         here = self._here
         if here is None and not self._is_sent_for:
@@ -169,7 +169,7 @@ class SparseExperts(nn.Module):
         set_out = packed(hidden, weights, order) if placement.is_in_order else None
         tokens, replicas = asked.answer(), []
         if here is None:
-            loads = [sum(each) for each in zip(*tokens, strict=True)]
+            loads = tokens.sum(0).tolist()
             hidden, further, replicas = self._completed(hidden, loads)
             if further is not placement:
                 placement, set_out = further, None
