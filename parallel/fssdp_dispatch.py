@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -62,8 +63,14 @@ def divide(placement: Placement, loads: Sequence[float], enough: float = SETTLED
 
     Experts fill their holders in turn to one level, until nothing moves any more or no rank is more than `enough` of
     the mean above it: block coordinate descent on the sum of squares of ranks' loads, whose least point has the least
-    maximum too (Megiddo 1974). loads [experts].
+    maximum too (Megiddo 1974). loads [experts]. Who asks again at once, as a layer does that has weighed further copies
+    for the tokens that it then sends, gets the same division: it is not to be changed.
     """
+    return _divide(placement, tuple(loads), enough)
+
+
+@lru_cache(maxsize=16)
+def _divide(placement: Placement, loads: tuple[float, ...], enough: float) -> Division:
     taken: list[list[float]] = []
     by_rank = [0.0] * placement.ranks
     for held, load in zip(placement.holders, loads, strict=True):
