@@ -6,6 +6,7 @@ from the device: a token has as many copies as it has choices, whichever they ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,25 @@ def combine(rows: Tensor, order: Order) -> Tensor:
 
 def permute_weights(weights: Tensor, order: Order) -> Tensor:
     """Of a router's [tokens, experts], each copy's own [tokens * top_k]."""
-    own: Tensor = _PermuteWeights.apply(weights, order.cell_of)
-    return own
+    return cells(weights, order.cell_of)
+
+
+def cells(weights: Tensor, cell_of: Tensor) -> Tensor:
+    """Elements of `weights` by their places in it flat, none of them twice."""
+    found: Tensor = _PermuteWeights.apply(weights, cell_of)
+    return found
+
+
+def divide_rows(rows: Tensor, row_of: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """rows [n, hidden] in the order `row_of` (int32 [n], each row once), in parts of these sizes; one pass each way."""
+    parts: tuple[Tensor, ...] = _DivideRows.apply(rows, row_of, tuple(sizes))
+    return parts
+
+
+def join_rows(parts: Sequence[Tensor], row_of: Tensor) -> Tensor:
+    """The inverse of `divide_rows`: each part is written to where it belongs, none to the others first."""
+    rows: Tensor = _JoinRows.apply(row_of, *parts)
+    return rows
 
 
 def sum_of_copies(rows: Tensor, row_of: Tensor) -> Tensor:
@@ -105,12 +123,49 @@ class _Combine(torch.autograd.Function):
         return _Permute.apply(grad, token_of, row_of), None, None
 
 
+class _DivideRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, row_of: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(row_of)
+        return tuple(rows.index_select(0, part) for part in row_of.split(sizes))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (row_of,) = ctx.saved_tensors
+        return _JoinRows.apply(row_of, *grads), None, None
+
+
+class _JoinRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, row_of: Tensor, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of)
+        ctx.sizes = tuple(map(len, parts))
+        rows = parts[0].new_empty(len(row_of), parts[0].shape[1])
+        for part, to in zip(parts, row_of.split(ctx.sizes), strict=True):
+            _place(part.contiguous(), to, rows)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (row_of,) = ctx.saved_tensors
+        return None, *_DivideRows.apply(grad, row_of, ctx.sizes)
+
+
+def _place(part: Tensor, to: Tensor, rows: Tensor) -> None:
+    """Each of `part` is written to one of `rows`."""
+    if not triton_takes("place rows", None if part.element_size() <= 4 else "the kernel takes 16 and 32 bits", part):
+        rows[to.long()] = part
+    elif len(part):
+        width = part.shape[1]
+        _place_kernel[(len(part), triton.cdiv(width, _COLUMNS))](part, to, rows, width, COLUMNS=_COLUMNS)
+
+
 class _PermuteWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, cell_of: Tensor) -> Tensor:
         ctx.save_for_backward(cell_of)
         ctx.shape = weights.shape
-        return weights.flatten()[cell_of]
+        return weights.flatten().index_select(0, cell_of)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -125,7 +180,7 @@ class _PermuteWeights(torch.autograd.Function):
                     grad.contiguous(), cell_of, spread, count, COLUMNS=_COLUMNS
                 )
         else:
-            spread.view(-1)[cell_of] = grad
+            spread.view(-1)[cell_of.long()] = grad
         return spread, None
 
 
@@ -213,6 +268,15 @@ def _spread_kernel(grad, cell_of, spread, count, COLUMNS: tl.constexpr):
     inside = row < count
     cell = tl.load(cell_of + row, mask=inside, other=0)
     tl.store(spread + cell, tl.load(grad + row, mask=inside, other=0.0), mask=inside)
+
+
+@jit
+def _place_kernel(part, to, rows, width, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    there = tl.load(to + row).to(tl.int64)
+    tl.store(rows + there * width + column, tl.load(part + row * width + column, mask=inside), mask=inside)
 
 
 @jit

@@ -146,7 +146,7 @@ class SparseExperts(nn.Module):
         """
         if self._own is None:
             weights = self.send_for_copies(weights)
-        loads = [sum(each) for each in zip(*self._gathered(counts).answer(), strict=True)]
+        loads = self._gathered(counts).answer().sum(0).tolist()
         weights, own, placement, replicas = self._completed(weights, loads)
         stacks = [own]
         for each in replicas:
@@ -171,7 +171,7 @@ class SparseExperts(nn.Module):
         """Hidden states [tokens, hidden], who is chosen (bool) and routers' weights, both [tokens, experts], set out.
 
         Forward and backward: each an all-to-all of the tokens' copies there and one back, but for those that stay; and,
-        forward, an all-gather of as many counts as there are experts and an all-to-all of counts.
+        forward, an all-gather of as many counts as there are experts.
         """
         here = self._here
         if here is None and self._own is None:
@@ -183,7 +183,7 @@ class SparseExperts(nn.Module):
         set_out = packed(hidden, weights, order) if placement.is_in_order else None
         tokens, replicas = asked.answer(), []
         if here is None:
-            loads = [sum(each) for each in zip(*tokens, strict=True)]
+            loads = tokens.sum(0).tolist()
             hidden, own, further, replicas = self._completed(hidden, loads)
             stacks = [own]
             if further is not placement:

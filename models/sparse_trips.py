@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kernels.experts import expert_mlp
-from kernels.permute import Order, combine, permute, permute_weights
+from kernels.permute import Order, cells, combine, divide_rows, join_rows, permute, permute_weights
 from parallel.collectives import Way, exchange_rows
-from parallel.fssdp_dispatch import Topology, destinations
-from parallel.placement import Placement
+from parallel.fssdp_dispatch import Topology, journeys
+from parallel.placement import Numbers, Placement
 
 Ways = tuple[Way, Way]
 """Of rows, and of their routers' weights: there they lie by the rank that they come from, then by expert."""
@@ -32,7 +32,7 @@ class Trip:
     """Of this rank's rows: by the rank that they go to, then by expert."""
     sent: list[int]
     received: list[int]
-    counts: list[list[int]]
+    coming: Numbers
     """[ranks][experts held here, ascending], of the rows that come from there."""
 
     @classmethod
@@ -40,30 +40,15 @@ class Trip:
         cls,
         placement: Placement,
         topology: Topology,
-        tokens: Sequence[Sequence[int]],
+        tokens: Numbers,
         order: Order,
         rank: int,
         group: dist.ProcessGroup,
     ) -> Trip:
-        """tokens [ranks][experts]; `order` is by expert alone. Collective where an expert has several holders."""
-        held = placement.held_by(rank)
-        if placement.is_sharded:
-            owners = [owner for (owner,) in placement.holders]
-            to = [[(owner, number)] for owner, number in zip(owners, tokens[rank], strict=True)]
-            counts = [[each[expert] for expert in held] for each in tokens]
-        else:
-            to = destinations(placement, topology, tokens, rank)
-            counts = _exchanged_counts(placement, to, group, order.counts.device)
-        runs, begin = [], 0
-        for expert, parts in enumerate(to):
-            for receiver, number in parts:
-                runs.append((receiver, expert, begin, number))
-                begin += number
-        runs.sort()
-        sent = [0] * placement.ranks
-        for receiver, _, _, number in runs:
-            sent[receiver] += number
-        return cls(placement, rank, group, _reordered(order, runs), sent, list(map(sum, counts)), counts)
+        """tokens [ranks][experts]; `order` is by expert alone."""
+        going, coming = journeys(placement, topology, tokens, rank)
+        order = order if placement.is_in_order else _by_receiver(order, going)
+        return cls(placement, rank, group, order, going.sum(0).tolist(), coming.sum(1).tolist(), coming)
 
     def depart(self, rows: Tensor, weights: Tensor) -> Ways:
         """What is `packed` by `order` sets out."""
@@ -75,39 +60,43 @@ class Trip:
     def computed(self, rows: Tensor, weights: Tensor, stacks: Sequence[tuple[Any, ...]]) -> Tensor:
         """What the experts make of rows, which stay where they are. Of each stack: its experts, gate_up and down."""
         stacks = [stack for stack in stacks if stack[0]]
-        held = self.placement.held_by(self.rank)
-        total = dict(zip(held, map(sum, zip(*self.counts, strict=True)), strict=True))
-        order = self._by_expert([expert for experts, *_ in stacks for expert in experts], total, rows.device)
-        rows, weights = permute(rows, order), permute_weights(weights[:, None], order)
-        runs, weights_of = (rows,), (weights,)
-        if len(stacks) > 1:
-            sizes = [sum(total[expert] for expert in experts) for experts, *_ in stacks]
-            runs, weights_of = rows.split(sizes), weights.split(sizes)
-        made, first = [], 0
-        for (experts, gate_up, down), run, of_run in zip(stacks, runs, weights_of, strict=False):
-            ends = order.counts[first : first + len(experts)].cumsum(0, dtype=torch.int32)
-            made.append(expert_mlp(run, of_run, ends, gate_up, down))
-            first += len(experts)
-        if not made:  # but of weights too: their way back is walked by all ranks or by none
-            made.append(rows * weights[:, None])
-        return combine(made[0] if len(made) == 1 else torch.cat(made), order)
+        if not stacks:  # but of weights too: their way back is walked by all ranks or by none
+            return rows * weights[:, None]
+        row_of, ends, sizes = self._by_expert([experts for experts, *_ in stacks], rows.device)
+        if row_of is None:
+            ((_, gate_up, down),) = stacks
+            return expert_mlp(rows, weights, ends[0], gate_up, down)
+        parts = zip(divide_rows(rows, row_of, sizes), cells(weights, row_of).split(sizes), ends, stacks, strict=True)
+        return join_rows([expert_mlp(*part, *both) for *part, (_, *both) in parts], row_of)
 
-    def _by_expert(self, experts: Sequence[int], total: Mapping[int, int], device: torch.device) -> Order:
-        """Of rows that have come: by expert in this order, then by source. The host knows it; nothing is sorted."""
-        held = self.placement.held_by(self.rank)
-        place = {expert: number for number, expert in enumerate(held)}
+    def _by_expert(
+        self, stacks: Sequence[Sequence[int]], device: torch.device
+    ) -> tuple[Tensor | None, list[Tensor], list[int]]:
+        """Of rows that have come: by expert in this order, then by source. The host knows it; nothing is sorted.
+
+        None where so they lie; of each stack where its experts' rows end, counted from its first; and how many it has.
+        """
+        number = self.coming.shape[1]
+        place = np.searchsorted(self.placement.held_by(self.rank), [expert for stack in stacks for expert in stack])
+        counts, sizes, ends, first = self.coming.sum(0)[place], [], [], 0
+        # Multiples of 16 bytes apart: for pointers that are others, Triton compiles all kernels another time.
+        padded = -max(map(len, stacks)) // 4 * -4
+        for stack in stacks:
+            through = counts[first : first + len(stack)].cumsum()
+            ends += [*through.tolist(), *[0] * (padded - len(stack))]
+            sizes.append(int(through[-1]))
+            first += len(stack)
         # A run, of one source's rows for one expert, is known by its number among those that have come.
-        lengths = [number for each in self.counts for number in each]
-        runs = [source * len(held) + place[expert] for expert in experts for source in range(len(self.counts))]
-        came = list(itertools.accumulate(lengths, initial=0))
-        goes = dict(zip(runs, itertools.accumulate((lengths[run] for run in runs), initial=0), strict=False))
-        shifts = [came[run] - goes[run] for run in runs] + [goes[run] - came[run] for run in range(len(runs))]
-        told = (*shifts, *(lengths[run] for run in runs), *lengths, *(total[expert] for expert in experts))
-        shift, length, counts = on_device(told, device).split((len(shifts), len(shifts), len(experts)))
-        number = came[-1]
-        both = torch.arange(number, device=device).repeat(2) + shift.repeat_interleave(length, output_size=2 * number)
-        token, row = both[:number], both[number:]
-        return Order(row_of=row.int()[:, None], token_of=token.int(), cell_of=token, counts=counts)
+        order = (place[:, None] + np.arange(len(self.coming)) * number).ravel()
+        lengths = self.coming.ravel()
+        order = order[lengths[order] > 0]
+        moves = len(stacks) > 1 or not (order[1:] > order[:-1]).all()
+        told = (ends, *_shift(lengths, order)) if moves else (ends,)
+        there, *moved = on_device(told, device)
+        row_of = None
+        if moves:
+            row_of = torch.arange(sum(sizes), dtype=torch.int32, device=device) + _spread(*moved, sum(sizes))
+        return row_of, [part[: len(stack)] for part, stack in zip(there.split(padded), stacks, strict=True)], sizes
 
     def back(self, made: Tensor) -> Tensor:
         """The sum of each token's copies, [tokens, hidden]."""
@@ -130,48 +119,45 @@ class OnTheHost:
             self._known.copy_(asked, non_blocking=True)
             self._there = torch.cuda.current_stream().record_event()
 
-    def answer(self) -> Any:
-        """As a list."""
+    def answer(self) -> Numbers:
+        """int64, for which products of counts are not too large."""
         if self._there is not None:
             self._there.synchronize()
-        return self._known.tolist()
+        return self._known.numpy().astype(np.int64)
 
 
-def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [numbers]; the host does not wait until a GPU has come to them."""
-    if device.type == "cpu" or not numbers:
-        return torch.tensor(numbers, dtype=torch.int64, device=device)
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+def on_device(numbers: Sequence[Numbers | Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """int32, in one copy; the host does not wait until a GPU has come to them."""
+    told = torch.from_numpy(np.concatenate(numbers).astype(np.int32))
+    if device.type != "cpu":
+        told = told.pin_memory().to(device, non_blocking=True)
+    return told.split(list(map(len, numbers)))
 
 
-def _exchanged_counts(
-    placement: Placement, to: Sequence[Sequence[tuple[int, int]]], group: dist.ProcessGroup, device: torch.device
-) -> list[list[int]]:
-    """[ranks][experts held here, ascending]: each rank tells every holder how many rows it sends of each expert."""
-    held = [placement.held_by(rank) for rank in range(placement.ranks)]
-    going = [dict(parts) for parts in to]
-    told = [going[expert].get(rank, 0) for rank, experts in enumerate(held) for expert in experts]
-    mine = len(held[dist.get_rank(group)])
-    heard = torch.empty(placement.ranks * mine, dtype=torch.int64, device=device)
-    dist.all_to_all_single(
-        heard,
-        on_device(told, device),
-        [mine] * placement.ranks,
-        list(map(len, held)),
-        group=group,
-    )
-    return [part.tolist() for part in heard.cpu().view(placement.ranks, mine)]
-
-
-def _reordered(order: Order, runs: Sequence[tuple[int, int, int, int]]) -> Order:
-    """`order`, its rows in these runs: the last two of each say where one begins and how long it is."""
-    begins, lengths = [run[2] for run in runs], [run[3] for run in runs]
-    if begins == sorted(begins):
+def _by_receiver(order: Order, going: Numbers) -> Order:
+    """`order`, which is by expert, by receiver first: `going` [experts][ranks] says how many of an expert go where."""
+    lengths = going.ravel()
+    runs = lengths.nonzero()[0]
+    lengths, device, number = lengths[runs], order.token_of.device, len(order.token_of)
+    moved = (runs % going.shape[1]).argsort(kind="stable")
+    if (moved[1:] > moved[:-1]).all():
         return order
-    device, number = order.token_of.device, len(order.token_of)
-    begin, length = on_device((*begins, *lengths), device).view(2, -1)
-    shift = (begin - (length.cumsum(0) - length)).repeat_interleave(length, output_size=number)
-    rows = torch.arange(number, device=device) + shift
-    to = torch.empty_like(rows, dtype=torch.int32)
-    to[rows] = torch.arange(number, device=device, dtype=torch.int32)
-    return Order(to[order.row_of.long()], order.token_of[rows], order.cell_of[rows], order.counts)
+    shift, length = _shift(lengths, moved)
+    back = np.empty_like(shift)
+    back[moved] = -shift
+    told = on_device((np.concatenate((shift, back)), np.concatenate((length, lengths))), device)
+    row, to = (torch.arange(number, dtype=torch.int32, device=device) + _spread(*told, 2 * number).view(2, -1)).unbind()
+    row_of = to.index_select(0, order.row_of.flatten()).view_as(order.row_of)
+    token_of, cell_of = order.token_of.index_select(0, row), order.cell_of.index_select(0, row)
+    return Order(row_of, token_of, cell_of, order.counts)
+
+
+def _shift(lengths: Numbers, order: Numbers) -> tuple[Numbers, Numbers]:
+    """Of runs of rows that are put in this order: how far before it was each of them began, and its length."""
+    came, moved = lengths.cumsum() - lengths, lengths[order]
+    return came[order] - (moved.cumsum() - moved), moved
+
+
+def _spread(numbers: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Each number as often as its length says, `total` in all."""
+    return numbers.repeat_interleave(lengths, output_size=total)

@@ -16,9 +16,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
-from parallel.placement import Placement
+import numpy as np
+
+from parallel.placement import Numbers, Placement
 
 PASSES = 16
 SETTLED = 0.001
@@ -60,8 +63,14 @@ def divide(placement: Placement, loads: Sequence[float], enough: float = SETTLED
 
     Experts fill their holders in turn to one level, until nothing moves any more or no rank is more than `enough` of
     the mean above it: block coordinate descent on the sum of squares of ranks' loads, whose least point has the least
-    maximum too (Megiddo 1974). loads [experts].
+    maximum too (Megiddo 1974). loads [experts]. Who asks again at once, as a layer does that has weighed further copies
+    for the tokens that it then sends, gets the same division: it is not to be changed.
     """
+    return _divide(placement, tuple(loads), enough)
+
+
+@lru_cache(maxsize=16)
+def _divide(placement: Placement, loads: tuple[float, ...], enough: float) -> Division:
     taken: list[list[float]] = []
     by_rank = [0.0] * placement.ranks
     for held, load in zip(placement.holders, loads, strict=True):
@@ -106,23 +115,31 @@ def quotas(placement: Placement, loads: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def destinations(
-    placement: Placement, topology: Topology, tokens: Sequence[Sequence[int]], source: int
-) -> list[list[tuple[int, int]]]:
-    """Where `source` sends its tokens: for each expert pairs of a rank, ascending, and how many of them go there.
+class Journeys(NamedTuple):
+    """Of the tokens that one rank sends and computes."""
 
-    tokens [ranks][experts]. Ranks that are asked one by one give each holder its quota, and send every token once.
+    going: Numbers
+    """[experts][ranks]: how many it sends where."""
+    coming: Numbers
+    """[ranks][experts that it holds, ascending]: how many it gets from where."""
+
+
+def journeys(placement: Placement, topology: Topology, tokens: Numbers, rank: int) -> Journeys:
+    """What `rank` sends and gets, of tokens [ranks][experts].
+
+    Ranks that are asked one by one give each holder its quota, send every token once, and agree on who sends what.
+    In whole numbers but for the quotas: a sum of floats might be another where arrays are added up in another order.
     """
-    by_expert = list(zip(*tokens, strict=True))
-    limits = quotas(placement, [sum(counts) for counts in by_expert])
-    found = []
-    for held, limit, counts in zip(placement.holders, limits, by_expert, strict=True):
-        if len(held) == 1 or not counts[source]:
-            sent = {held[0]: counts[source]}
-        else:
-            sent = _sent(held, limit, list(counts), topology, source)
-        found.append([(rank, number) for rank, number in sorted(sent.items()) if number])
-    return found
+    going = np.zeros((placement.experts, placement.ranks), np.int64)
+    alone, holders = placement.alone
+    going[alone, holders] = tokens[rank, alone]
+    held = list(placement.held_by(rank))
+    if placement.is_sharded:
+        return Journeys(going, tokens[:, held])
+    going[placement.shared], come = _divided(placement, topology, tokens, rank)
+    coming = tokens.copy()
+    coming[:, placement.shared] = come.T
+    return Journeys(going, coming[:, held])
 
 
 def computed(placement: Placement, tokens: Sequence[Sequence[int]]) -> list[int]:
@@ -147,47 +164,48 @@ def _filled(amount: float, loads: Sequence[float]) -> list[float]:
     return [level - load if level > load else 0.0 for load in loads]
 
 
-def _sent(
-    held: Sequence[int], limit: Sequence[int], left: list[int], topology: Topology, source: int
-) -> dict[int, int]:
-    """How many of one expert's tokens `source` sends to which holder; `left` has what each rank has of them."""
-    spare = dict(zip(held, limit, strict=True))
-    sent = dict.fromkeys(held, 0)
-    own = left[source]
-    for rank in held:
-        stays = min(left[rank], spare[rank])
-        left[rank] -= stays
-        spare[rank] -= stays
-    if own > left[source]:
-        sent[source] = own - left[source]
-    by_node: dict[int, dict[int, int]] = {}
-    for rank, number in spare.items():
-        by_node.setdefault(topology.node(rank), {})[rank] = number
-    # What the ranks before the source send beyond their nodes, and what is then left of holders' quotas.
-    ahead, beyond = 0, 0
-    for node in range(topology.nodes):
-        ranks = topology.ranks_of(node)
-        near = by_node.get(node, {})
-        asked = sum(left[ranks.start : ranks.stop])
-        stays = min(asked, sum(near.values()))
-        if source in ranks:
-            before = sum(left[ranks.start : source])
-            # Each of the node's ranks keeps its part of what stays, so that no one rank sends all that crosses.
-            start, end = (count * stays // max(asked, 1) for count in (before, before + left[source]))
-            _deal(sent, near, start, end)
-            ahead, beyond = ahead + before - start, left[source] - (end - start)
-        elif node < topology.node(source):
-            ahead += asked - stays
-        for rank in near:
-            taken = min(spare[rank], stays)
-            spare[rank] -= taken
-            stays -= taken
-    _deal(sent, spare, ahead, ahead + beyond)
-    return sent
+def _divided(placement: Placement, topology: Topology, tokens: Numbers, rank: int) -> tuple[Numbers, Numbers]:
+    """Tokens of experts with several holders that `rank` sends to each rank and gets from each [experts][ranks]."""
+    limits = quotas(placement, tokens.sum(0).tolist())
+    node, at = divmod(rank, topology.ranks_per_node)
+    by_node = (len(placement.shared), topology.nodes, topology.ranks_per_node)
+    # By expert and rank, the last node's filled up: tokens that have no holder yet, and how many more a holder takes.
+    left, room = np.zeros((2, by_node[0], by_node[1] * by_node[2]), np.int64)
+    left[:, : placement.ranks] = tokens[:, placement.shared].T
+    room[placement.sharers] = [number for limit in limits if len(limit) > 1 for number in limit]
+    stay = np.minimum(left, room)
+    left -= stay
+    room -= stay
+    going, coming = np.zeros((2, *left.shape), np.int64)
+    going[:, rank] = coming[:, rank] = stay[:, rank]
+
+    near = slice(node * by_node[2], (node + 1) * by_node[2])
+    asked, places = _ends(left.reshape(by_node)), _ends(room.reshape(by_node))
+    number = np.minimum(asked[..., -1:], places[..., -1:])
+    # Each of a node's ranks keeps its part of what stays there, so that no one rank sends all that crosses.
+    sent, taken = asked * number // np.maximum(asked[..., -1:], 1), np.minimum(places, number)
+    going[:, near] += _dealt(sent[:, node], at, taken[:, node])
+    coming[:, near] += _dealt(taken[:, node], at, sent[:, node])
+    if topology.nodes > 1:
+        left -= (sent[..., 1:] - sent[..., :-1]).reshape(left.shape)
+        room -= (taken[..., 1:] - taken[..., :-1]).reshape(room.shape)
+        beyond, free = _ends(left), _ends(room)
+        going += _dealt(beyond, rank, free)
+        coming += _dealt(free, rank, beyond)
+    return going[:, : placement.ranks], coming[:, : placement.ranks]
 
 
-def _deal(sent: dict[int, int], places: dict[int, int], start: int, end: int) -> None:
-    """Tokens number `start` to `end` - 1 of those that fill `places` one after another."""
-    for rank, size in places.items():
-        sent[rank] += max(0, min(size, end) - max(0, start))
-        start, end = start - size, end - size
+def _ends(numbers: Numbers) -> Numbers:
+    """[..., n] -> [..., n + 1]: 0, and where each ends if they follow one another."""
+    ends = np.zeros((*numbers.shape[:-1], numbers.shape[-1] + 1), np.int64)
+    np.cumsum(numbers, -1, out=ends[..., 1:])
+    return ends
+
+
+def _dealt(ends: Numbers, mine: int, others: Numbers) -> Numbers:
+    """Tokens and places stand in two rows, and the first goes to the first: how many of mine meet those of each other.
+
+    ends and others [experts][number + 1] of either row.
+    """
+    met: Numbers = np.minimum(np.maximum(others, ends[:, mine, None]), ends[:, mine + 1, None])
+    return met[:, 1:] - met[:, :-1]

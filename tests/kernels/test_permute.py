@@ -1,10 +1,11 @@
 """The order of tokens by expert, and copies there and back."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.permute import combine, order_by_expert, permute, permute_weights
+from kernels.permute import cells, combine, divide_rows, join_rows, order_by_expert, permute, permute_weights
 
 
 def choices(tokens: int, experts: int, top_k: int, skew: float, seed: int) -> torch.Tensor:
@@ -51,3 +52,30 @@ def test_there_and_back_and_their_gradients():
     theirs = torch.autograd.grad(expected, (hidden, weights), grad)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 5, 1500])
+def test_rows_go_apart_and_together_again(width, dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(9, width, generator=generator).to(dtype).requires_grad_()
+    row_of, sizes = torch.randperm(9, generator=generator).int(), [4, 0, 5]
+    parts = divide_rows(rows, row_of, sizes)
+    expected = rows[row_of.long()].split(sizes)
+    grads = [torch.randn(size, width, generator=generator).to(dtype) for size in sizes]
+    assert all(map(torch.equal, parts, expected))
+    (ours,), (theirs,) = (torch.autograd.grad(made, rows, grads) for made in (parts, expected))
+    assert torch.equal(ours, theirs)
+
+    pieces = [part.detach().requires_grad_() for part in parts]
+    assert torch.equal(join_rows(pieces, row_of), rows)
+    for got, gradient in zip(torch.autograd.grad(join_rows(pieces, row_of), pieces, ours), grads, strict=True):
+        assert torch.equal(got, gradient)
+
+
+def test_each_row_has_its_own_weight_wherever_it_lies():
+    weights, cell_of = torch.randn(7, requires_grad=True), torch.randperm(7).int()
+    found, expected = cells(weights, cell_of), weights[cell_of.long()]
+    assert torch.equal(found, expected)
+    grad = torch.randn(7)
+    assert torch.equal(*(torch.autograd.grad(each, weights, grad)[0] for each in (found, expected)))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from math import exp
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.estimates.hardware import Link
 from parallel.fssdp import TOLERANCE, WINDOW, Limits, LoadHistory, Wire, busiest, calibrate, materialise
-from parallel.fssdp_dispatch import Topology, computed, destinations, divide, peak, quotas
+from parallel.fssdp_dispatch import Topology, computed, divide, journeys, peak, quotas
 from parallel.fssdp_sharding import SAVING, Move, moves, reshard
 from parallel.placement import Placement
 
@@ -206,6 +208,59 @@ def dispatches(draw: st.DrawFn) -> tuple[Placement, Topology, list[list[int]]]:
     counts = st.lists(st.integers(0, 50), min_size=len(holders), max_size=len(holders))
     tokens = draw(st.lists(counts, min_size=topology.ranks, max_size=topology.ranks))
     return Placement.of(topology.ranks, holders), topology, tokens
+
+
+def destinations(
+    placement: Placement, topology: Topology, tokens: Sequence[Sequence[int]], source: int
+) -> list[list[tuple[int, int]]]:
+    """By expert pairs of a rank, ascending, and how many tokens `source` sends there."""
+    going = journeys(placement, topology, np.array(tokens), source).going.tolist()
+    return [[(rank, number) for rank, number in enumerate(numbers) if number] for numbers in going]
+
+
+def one_by_one(
+    held: Sequence[int], limit: Sequence[int], counts: Sequence[int], topology: Topology
+) -> Counter[tuple[int, int]]:
+    """The rule, for one expert, with a token and a place at a time: how many go from whom to whom."""
+    asking = [rank for rank, number in enumerate(counts) for _ in range(number)]
+    places = [rank for rank, number in zip(held, limit, strict=True) for _ in range(number)]
+    met: Counter[tuple[int, int]] = Counter()
+
+    def meet(senders: Iterable[int], receivers: Iterable[int]) -> None:
+        for pair in zip(list(senders), list(receivers), strict=False):
+            met[pair] += 1
+            asking.remove(pair[0])
+            places.remove(pair[1])
+
+    for rank in range(topology.ranks):
+        meet([each for each in asking if each == rank], [each for each in places if each == rank])
+    for node in range(topology.nodes):
+        near = [each for each in asking if topology.node(each) == node]
+        room = [each for each in places if topology.node(each) == node]
+        stay = min(len(near), len(room))
+        # Of equally spaced tokens each stays, so that of each rank a like part does.
+        chosen = [each for at, each in enumerate(near) if (at + 1) * stay // len(near) > at * stay // len(near)]
+        meet(chosen, room)
+    meet(asking, places)
+    assert not asking + places
+    return met
+
+
+@settings(deadline=None)
+@given(dispatches())
+def test_each_rank_knows_what_the_others_send_it(drawn: tuple[Placement, Topology, list[list[int]]]) -> None:
+    placement, topology, tokens = drawn
+    limits = quotas(placement, [sum(column) for column in zip(*tokens, strict=True)])
+    met = [
+        one_by_one(held, limit, [row[expert] for row in tokens], topology)
+        for expert, (held, limit) in enumerate(zip(placement.holders, limits, strict=True))
+    ]
+    ranks = range(topology.ranks)
+    for rank in ranks:
+        going, coming = journeys(placement, topology, np.array(tokens), rank)
+        assert going.tolist() == [[pairs[rank, other] for other in ranks] for pairs in met]
+        held = placement.held_by(rank)
+        assert coming.tolist() == [[met[expert][other, rank] for expert in held] for other in ranks]
 
 
 @settings(deadline=None)
