@@ -47,7 +47,10 @@ def told(package: str, arguments: Sequence[str], *, quiet: bool) -> Iterator[dic
         for text in process.stdout:
             if text.startswith("{"):
                 line = json.loads(text)
-                progress.update(task, description=line.get("doing", progress.tasks[0].description))
+                if "doing" in line:
+                    progress.update(task, description=line["doing"])
+                    if not (quiet or progress.console.is_terminal):
+                        print(f"measuring {line['doing']}", file=sys.stderr, flush=True)
                 yield line
         if process.wait() != 0:
             errors.seek(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from jobs.compose import compose
 from jobs.spec import JobSpec
 from models.megatron_specs import Layer
 from orchestrator.worker.benches.layers import forward_backward, loss_of, model_of, set_up
-from orchestrator.worker.benches.measure import Timed, seconds, side_by_side
+from orchestrator.worker.benches.measure import Timed, seconds
 from orchestrator.worker.host_memory import available_bytes
+from orchestrator.worker.profiling.timing import tell
 from parallel.estimates.swapping import HOST_SHARE
 from parallel.estimates.workload import Workload
 from parallel.host_link import Slab
@@ -80,40 +81,50 @@ def closed_form(job: JobSpec, tokens: Tensor) -> tuple[float, dict[str, float]]:
     return plan.alpha, {"link_bytes_per_second": link, "layer_seconds": layer, "host_bytes": plan.host_bytes}
 
 
-def compare(device: torch.device, layers: int, sequence: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """A step of each way in turn; what swapping waited for and moved in one."""
+def compare(device: torch.device, layers: int, sequence: int) -> Iterator[dict[str, Any]]:
+    """A step of each way, one way after another; what swapping waited for and moved in it."""
     job = job_of(device, layers, sequence)
     tokens = set_up(job, device, 1, sequence)
+    tell(doing="the link, and a layer")
     share, facts = closed_form(job, tokens)
-    free(device)
     slab = Slab(HOST_SHARE * available_bytes(), device.type == "cuda")
-    ways = {
-        KEPT: way(job, tokens, None),
-        AGAIN: way(job_of(device, layers, sequence, "full"), tokens, None),
-    }
-    for part in sorted({share, min(share, MOST), 0.0}, reverse=True):
-        swap = Swap(device, part)
-        swap.slab = slab  # ways take turns, and pages are pinned once
-        ways[f"swapped, {part:.0%} of tokens"] = way(job, tokens, swap)
-    told = {name: _rehearsed(each, sequence, device) for name, each in ways.items()}
-    for each in ways.values():
-        if each.swap is not None:
-            each.swap.take_figures()
-    times = side_by_side({name: each.step for name, each in ways.items()}, device, rounds)
-    for name, timed in times.items():
-        if device.type == "cpu":
-            with tracing(device) as trace:
-                ways[name].step()
-            timed = replace(timed, peak_bytes=trace.peak - trace.resident)
-        found = _figures(job, sequence, timed) | {"work": f"{layers} layers, sequence {sequence:,}", "way": name}
-        found |= _foretold(told[name])
-        swap = ways[name].swap
+    shares = sorted({share, min(share, MOST), 0.0}, reverse=True)
+    for name, part in [(KEPT, None), (AGAIN, None), *((f"swapped, {part:.0%} of tokens", part) for part in shares)]:
+        free(device)
+        swap = None if part is None else Swap(device, part)
         if swap is not None:
-            figures, steps = swap.take_figures(), rounds + 2
-            found |= facts | {"stalled_seconds": figures.stalled / steps, "swapped_bytes": figures.copied / steps}
+            swap.slab = slab  # of all ways, whose pages are pinned once
+        trained = way(job_of(device, layers, sequence, "full") if name == AGAIN else job, tokens, swap)
+        tell(doing=f"{name}: its peak, by shorter steps")
+        forecast = _rehearsed(trained, sequence, device)
+        tell(doing=name)
+        trained.step()  # its order of passes is not known
+        if swap is not None:
+            swap.take_figures()
+        found = _figures(job, sequence, _measured(trained, device))
+        found |= {"work": f"{layers} layers, sequence {sequence:,}", "way": name, **_foretold(forecast)}
+        if swap is not None:
+            figures = swap.take_figures()
+            found |= facts | {"stalled_seconds": figures.stalled, "swapped_bytes": figures.copied}
             found |= {"left_bytes": figures.left, "host_bytes": slab.size}
         yield found
-    ways.clear()
+        del trained, swap
+
+
+def _measured(trained: Trained, device: torch.device) -> Timed:
+    """Of one step: its time, and its peak beyond what was there before."""
+    if device.type == "cpu":
+        with tracing(device) as trace:
+            trained.step()
+        if trained.swap is not None:
+            trained.swap.take_figures()  # those of the timed step are wanted
+        took = seconds(trained.step, device)
+        return Timed(took, took, took, trace.peak - trace.resident)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    took = seconds(trained.step, device)
+    return Timed(took, took, took, torch.cuda.max_memory_allocated() - before)
 
 
 def _rehearsed(trained: Trained, sequence: int, device: torch.device) -> Forecast:
@@ -146,6 +157,7 @@ def longest(device: torch.device, layers: int, unit: int, limit: int, share: flo
     for name, recompute, swaps in ((AGAIN, "full", False), (LEAST, "none", True)):
         peaks = []
         for length in (unit, 2 * unit):
+            tell(doing=f"{name}, {length:,} tokens")
             timed = _once(device, layers, length, recompute, swaps)
             assert timed is not None
             peaks.append((length, timed.peak_bytes or 0))
@@ -153,8 +165,10 @@ def longest(device: torch.device, layers: int, unit: int, limit: int, share: flo
         slope = max(1.0, (high - low) / (long - short))
         length = min(limit, int((0.985 * room - low) / slope + short) // (unit // 4) * (unit // 4))
         length = max(length, 2 * unit)
+        tell(doing=f"{name}, {length:,} tokens")
         while (found := _once(device, layers, length, recompute, swaps)) is None:
             length -= unit // 4
+            tell(doing=f"{name}, {length:,} tokens, since more did not fit")
         job = job_of(device, layers, length)
         yield _figures(job, length, found) | {
             "work": f"{layers} layers, longest sequence in {share:.0%} of memory",

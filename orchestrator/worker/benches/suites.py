@@ -72,7 +72,7 @@ def activations(rank: int, kind: str) -> None:
     _ceiling(device)
     sequence = 131_072 if kind == "cuda" else 512
     tell(doing=f"a sequence of {sequence:,}")
-    for found in offload.compare(device, 5, sequence, 1):
+    for found in offload.compare(device, 5, sequence):
         tell(result=found)
 
 

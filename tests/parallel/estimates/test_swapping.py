@@ -78,6 +78,8 @@ def test_what_was_measured_on_an_h200(make_job: Any, way: str) -> None:
         (kind,) = kinds(asked)
         assert hosted_bytes(asked, 0, kind.stage) == pytest.approx(row["swapped_bytes"], rel=1e-3)
     peaks = {name: passing(estimate_memory(step, H200)) for name, step in {"all kept": kept, way: asked}.items()}
+    if "86%" in way:  # measured when swapped tokens were computed at once; in slices they need less
+        assert 0.9 < peaks.pop(way) / rows[way]["peak_bytes"] < 1
     for name, peak in peaks.items():
         assert peak == pytest.approx(rows[name]["peak_bytes"], rel=0.04)
     times = [estimate_time(step, H200) for step in (kept, asked)]
