@@ -61,7 +61,7 @@ class Figures:
 
 
 class Swap:
-    """Of one rank's layers, over all micro-batches."""
+    """Of one rank's layers, over all micro-batches. Its visits' `parallel.offload_visit.Passes`."""
 
     def __init__(
         self,
@@ -129,14 +129,12 @@ class Swap:
         return figures
 
     def computed(self, begin: Moment) -> None:
-        """A layer's forward pass, which began then."""
         self._figures.spans.append((begin, self.link.now(), "layer"))
 
     def closed(self, visit: Visit) -> None:
         self._leaving.append(visit)
 
     def returned(self, visit: Visit) -> None:
-        """Its backward pass begins."""
         self._visits.pop(visit.number, None)
         self._came(False, visit.number)
 

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kernels.rehearsal import stands_for
-from parallel.host_link import Block, Moment
+from parallel.host_link import Block, Link, Moment, Pair, Slab
 from parallel.offload_tensors import Frame, Holder, Item, View, joined_of, pieces_of, restore
-
-if TYPE_CHECKING:
-    from parallel.offload import Swap
 
 GRANULE = 128
 """Tokens of which a cut is a multiple, where there are thousands: tiles of the kernels."""
@@ -36,12 +34,41 @@ class Cut:
     """All of them, where a part has seen them so."""
 
 
+class Passes(Protocol):
+    """What the passes of all layers share."""
+
+    device: torch.device
+    fraction: float
+    slice: int
+    """Tokens of one, at most."""
+    link: Link
+    slab: Slab
+
+    def send(self, pairs: Sequence[Pair], block: Block) -> Moment:
+        """To the host; when that has ended."""
+
+    def wait(self, moment: Moment) -> None:
+        """What is computed from here on comes after it."""
+
+    def leave_here(self, size: int) -> None:
+        """So many bytes stay on the device."""
+
+    def computed(self, begin: Moment) -> None:
+        """A layer's forward pass, which began then."""
+
+    def closed(self, visit: Visit) -> None:
+        """It may be asked to leave."""
+
+    def returned(self, visit: Visit) -> None:
+        """Its backward pass begins."""
+
+
 class Visit:
     """One forward pass of one layer over one micro-batch."""
 
     number: int
 
-    def __init__(self, swap: Swap, hidden: Tensor, layer: nn.Module, stays: bool) -> None:
+    def __init__(self, swap: Passes, hidden: Tensor, layer: nn.Module, stays: bool) -> None:
         self.swap = swap
         self._tokens = len(hidden)
         whole = stands_for(self._tokens)
