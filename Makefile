@@ -84,6 +84,8 @@ bench-gpu:
 	fivefold bench sharing --out docs/benchmarks/sharing-h200.json
 
 lint: $(VENV)/.ready
+	@twice=$$(find tests -name 'test_*.py' -printf '%f\n' | sort | uniq -d); \
+	  test -z "$$twice" || { echo "pytest takes two files of one name for one: $$twice"; exit 1; }
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

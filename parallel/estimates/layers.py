@@ -259,9 +259,8 @@ def _experts(
         kernels=4,
     )
     if workload.expert_parallelism == "fssdp" and layout.ep > 1:
-        # All ranks tell one another how many tokens each expert has of each, and whom they send them to.
+        # All ranks tell one another how many tokens each expert has of each.
         told = network.all_gather(4 * layout.ep * model.experts, layout.ep, layout.etp)
-        told += network.all_to_all(8 * model.experts, layout.ep, layout.etp)
         sending = total((sending, Cost(expert_forward=ours.network * told, kernels=2)))
     return {
         "moe": total((_cost(products + gate, router + sorting, ours), sending)),

@@ -54,6 +54,7 @@ def test_there_and_back_and_their_gradients():
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.filterwarnings("ignore:place rows of .* goes by plain torch")  # of 64 bits
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 5, 1500])
 def test_rows_go_apart_and_together_again(width, dtype):
