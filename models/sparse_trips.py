@@ -14,8 +14,9 @@ from torch import Tensor
 from kernels.experts import expert_mlp
 from kernels.permute import Order, cells, combine, divide_rows, join_rows, permute, permute_weights
 from parallel.collectives import Way, exchange_rows
-from parallel.fssdp_dispatch import Topology, journeys
-from parallel.placement import Numbers, Placement
+from parallel.fssdp_dispatch import Topology
+from parallel.fssdp_journeys import Numbers, journeys
+from parallel.placement import Placement
 
 Ways = tuple[Way, Way]
 """Of rows, and of their routers' weights: there they lie by the rank that they come from, then by expert."""

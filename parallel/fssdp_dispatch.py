@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
-
-from parallel.placement import Numbers, Placement
+from parallel.placement import Placement
 
 PASSES = 16
 SETTLED = 0.001
@@ -115,33 +113,6 @@ def quotas(placement: Placement, loads: Sequence[int]) -> list[list[int]]:
     return found
 
 
-class Journeys(NamedTuple):
-    """Of the tokens that one rank sends and computes."""
-
-    going: Numbers
-    """[experts][ranks]: how many it sends where."""
-    coming: Numbers
-    """[ranks][experts that it holds, ascending]: how many it gets from where."""
-
-
-def journeys(placement: Placement, topology: Topology, tokens: Numbers, rank: int) -> Journeys:
-    """What `rank` sends and gets, of tokens [ranks][experts].
-
-    Ranks that are asked one by one give each holder its quota, send every token once, and agree on who sends what.
-    In whole numbers but for the quotas: a sum of floats might be another where arrays are added up in another order.
-    """
-    going = np.zeros((placement.experts, placement.ranks), np.int64)
-    alone, holders = placement.alone
-    going[alone, holders] = tokens[rank, alone]
-    held = list(placement.held_by(rank))
-    if placement.is_sharded:
-        return Journeys(going, tokens[:, held])
-    going[placement.shared], come = _divided(placement, topology, tokens, rank)
-    coming = tokens.copy()
-    coming[:, placement.shared] = come.T
-    return Journeys(going, coming[:, held])
-
-
 def computed(placement: Placement, tokens: Sequence[Sequence[int]]) -> list[int]:
     """Tokens that each rank computes, [ranks], of tokens [ranks][experts]."""
     by_rank = [0] * placement.ranks
@@ -162,50 +133,3 @@ def _filled(amount: float, loads: Sequence[float]) -> list[float]:
         total += load
         level = total / (count + 1)
     return [level - load if level > load else 0.0 for load in loads]
-
-
-def _divided(placement: Placement, topology: Topology, tokens: Numbers, rank: int) -> tuple[Numbers, Numbers]:
-    """Tokens of experts with several holders that `rank` sends to each rank and gets from each [experts][ranks]."""
-    limits = quotas(placement, tokens.sum(0).tolist())
-    node, at = divmod(rank, topology.ranks_per_node)
-    by_node = (len(placement.shared), topology.nodes, topology.ranks_per_node)
-    # By expert and rank, the last node's filled up: tokens that have no holder yet, and how many more a holder takes.
-    left, room = np.zeros((2, by_node[0], by_node[1] * by_node[2]), np.int64)
-    left[:, : placement.ranks] = tokens[:, placement.shared].T
-    room[placement.sharers] = [number for limit in limits if len(limit) > 1 for number in limit]
-    stay = np.minimum(left, room)
-    left -= stay
-    room -= stay
-    going, coming = np.zeros((2, *left.shape), np.int64)
-    going[:, rank] = coming[:, rank] = stay[:, rank]
-
-    near = slice(node * by_node[2], (node + 1) * by_node[2])
-    asked, places = _ends(left.reshape(by_node)), _ends(room.reshape(by_node))
-    number = np.minimum(asked[..., -1:], places[..., -1:])
-    # Each of a node's ranks keeps its part of what stays there, so that no one rank sends all that crosses.
-    sent, taken = asked * number // np.maximum(asked[..., -1:], 1), np.minimum(places, number)
-    going[:, near] += _dealt(sent[:, node], at, taken[:, node])
-    coming[:, near] += _dealt(taken[:, node], at, sent[:, node])
-    if topology.nodes > 1:
-        left -= (sent[..., 1:] - sent[..., :-1]).reshape(left.shape)
-        room -= (taken[..., 1:] - taken[..., :-1]).reshape(room.shape)
-        beyond, free = _ends(left), _ends(room)
-        going += _dealt(beyond, rank, free)
-        coming += _dealt(free, rank, beyond)
-    return going[:, : placement.ranks], coming[:, : placement.ranks]
-
-
-def _ends(numbers: Numbers) -> Numbers:
-    """[..., n] -> [..., n + 1]: 0, and where each ends if they follow one another."""
-    ends = np.zeros((*numbers.shape[:-1], numbers.shape[-1] + 1), np.int64)
-    np.cumsum(numbers, -1, out=ends[..., 1:])
-    return ends
-
-
-def _dealt(ends: Numbers, mine: int, others: Numbers) -> Numbers:
-    """Tokens and places stand in two rows, and the first goes to the first: how many of mine meet those of each other.
-
-    ends and others [experts][number + 1] of either row.
-    """
-    met: Numbers = np.minimum(np.maximum(others, ends[:, mine, None]), ends[:, mine + 1, None])
-    return met[:, 1:] - met[:, :-1]

@@ -6,11 +6,6 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import numpy as np
-
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -80,26 +75,6 @@ class Placement:
             for rank in held:
                 found[rank].append(expert)
         return tuple(map(tuple, found))
-
-    @cached_property
-    def alone(self) -> tuple[Numbers, Numbers]:
-        """Experts with one holder, ascending, and their holders."""
-        found = [(expert, held[0]) for expert, held in enumerate(self.holders) if len(held) == 1]
-        experts, holders = np.array(found, np.int64).reshape(-1, 2).T
-        return experts, holders
-
-    @cached_property
-    def shared(self) -> Numbers:
-        """Experts with several holders, ascending."""
-        return np.array([expert for expert, held in enumerate(self.holders) if len(held) > 1], np.int64)
-
-    @cached_property
-    def sharers(self) -> tuple[Numbers, Numbers]:
-        """Of each holder of each of `shared`: the expert's number among these, and the holder."""
-        several = [held for held in self.holders if len(held) > 1]
-        found = [(number, rank) for number, held in enumerate(several) for rank in held]
-        numbers, ranks = np.array(found, np.int64).reshape(-1, 2).T
-        return numbers, ranks
 
     def within(self, other: Placement) -> bool:
         """Whether whoever holds an expert here holds it there."""

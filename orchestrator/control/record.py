@@ -111,6 +111,8 @@ class RunRecord:
         began = self._status["state"] == "starting"
         if began:
             self._status["state"] = "running"
+            with _keeps_going(self):  # before the line, so that who has read that finds the run running
+                self.run.write_json("status.json", self._status)
         self._status["step"] = report.step
         self.run.append("metrics.jsonl", [line])
         loads = {layer: counts for each in waiting.values() for layer, counts in (each.expert_loads or {}).items()}

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from parallel.estimates.hardware import Link
 from parallel.fssdp import TOLERANCE, WINDOW, Limits, LoadHistory, Wire, busiest, calibrate, materialise
-from parallel.fssdp_dispatch import Topology, computed, divide, journeys, peak, quotas
+from parallel.fssdp_dispatch import Topology, computed, divide, peak, quotas
+from parallel.fssdp_journeys import journeys
 from parallel.fssdp_sharding import SAVING, Move, moves, reshard
 from parallel.placement import Placement
 
