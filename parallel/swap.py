@@ -6,9 +6,9 @@ needs a fraction alpha of the tokens, as much as the link carries while a layer 
     alpha = clamp(min((B T - S_in - S_attn) / S_rest, (M_host / n - S_in - S_attn) / S_rest), 0, 1)
 
 with B the link's bytes a second, T a layer's forward, n the layers on the host. MEMO has one micro-batch in flight: its
-last two layers stay in the two rounding buffers, n = layers - 2. Where more are in flight backward does not begin with
-the layer that forward made last: every layer goes, and a third buffer receives what backward reads first while forward
-still has two. Links carry both directions at once, so that neither waits for the other.
+last two layers stay, n = layers - 2. Where more are in flight backward does not begin with the layer that forward made
+last: every layer goes. Links carry both directions at once, so that neither waits for the other. How many layers are on
+the device meanwhile is `parallel.estimates.swapping`'s.
 """
 
 from __future__ import annotations
@@ -108,10 +108,6 @@ class SwapPlan:
     """One of each kind that the stage has: dense, MoE."""
     host_bytes: float
     """Of all layers of all micro-batches in flight."""
-    buffers: int
-    """Rounding buffers on the device, each of a whole layer."""
-    buffer_bytes: float
-    """Of all of them."""
     notice: str = ""
     """Where even alpha = 0 stalls: what is copied, and how long both take."""
 
@@ -163,7 +159,6 @@ def swap_layers(kinds: Sequence[Layers], flying: float, host: Host) -> SwapPlan:
 
     flying: micro-batches in flight, in units of all the stage's layers. InputError as of `plan_swap`.
     """
-    alone = flying <= 1
     hosted = layers_hosted([kind.number for kind in kinds], flying)
     mandatory = sum(number * kind.kept.mandatory for number, kind in zip(hosted, kinds, strict=True))
     rest = sum(number * kind.kept.rest for number, kind in zip(hosted, kinds, strict=True))
@@ -200,14 +195,11 @@ def swap_layers(kinds: Sequence[Layers], flying: float, host: Host) -> SwapPlan:
         for kept, seconds in copied
         if kept.mandatory > bandwidth * seconds
     )
-    buffers = 2 if alone else 3
     return SwapPlan(
         alpha=alpha,
         limit=limit,
         layers=layers,
         host_bytes=mandatory + alpha * rest,
-        buffers=buffers,
-        buffer_bytes=buffers * max(kind.kept.total for kind in kinds),
         notice="; ".join(notices),
     )
 

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from math import exp
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from placements import least_peak, shardings
 
 from parallel.estimates.hardware import Link
 from parallel.fssdp import TOLERANCE, WINDOW, Limits, LoadHistory, Wire, busiest, calibrate, materialise
-from parallel.fssdp_dispatch import Topology, computed, divide, peak, quotas
-from parallel.fssdp_journeys import journeys
-from parallel.fssdp_sharding import SAVING, Move, moves, reshard
+from parallel.fssdp_dispatch import Topology, computed, peak
 from parallel.placement import Placement
 
 PLENTY = 1000
-
-
-def least_peak(placement: Placement, loads: Sequence[float]) -> float:
-    """Exactly: some set of ranks alone holds so much that its mean is the peak (Hall 1935, of fractional flows)."""
-    most = 0.0
-    for mask in range(1, 1 << placement.ranks):
-        alone = (
-            load for held, load in zip(placement.holders, loads, strict=True) if all(mask >> rank & 1 for rank in held)
-        )
-        most = max(most, sum(alone) / mask.bit_count())
-    return most
 
 
 def copies_of(sharded: Placement, placement: Placement) -> list[int]:
@@ -55,15 +41,6 @@ def every_placement(sharded: Placement, limits: Limits) -> Iterator[Placement]:
         within_memory = max(copies_of(sharded, placement)) <= limits.slots
         if within_memory and busiest(sharded, placement) <= limits.movable:
             yield placement
-
-
-@st.composite
-def shardings(draw: st.DrawFn, ranks: int = 12, experts: int = 24) -> tuple[Placement, list[int]]:
-    """A sharding and loads, not all of them 0."""
-    among = draw(st.integers(1, ranks))
-    owners = draw(st.lists(st.integers(0, among - 1), min_size=1, max_size=experts))
-    loads = draw(st.lists(st.integers(0, 1000), min_size=len(owners), max_size=len(owners)).filter(any))
-    return Placement.sharded(owners, among), loads
 
 
 LIMITS = st.builds(Limits, slots=st.integers(0, 4), movable=st.integers(0, 6))
@@ -201,128 +178,6 @@ def test_more_memory_is_never_a_higher_peak(drawn: tuple[Placement, list[int]], 
     assert all(more <= less + slack for less, more in itertools.pairwise(peaks))
 
 
-@st.composite
-def dispatches(draw: st.DrawFn) -> tuple[Placement, Topology, list[list[int]]]:
-    topology = Topology(draw(st.integers(1, 9)), draw(st.integers(1, 4)))
-    ranks = st.integers(0, topology.ranks - 1)
-    holders = draw(st.lists(st.sets(ranks, min_size=1), min_size=1, max_size=6))
-    counts = st.lists(st.integers(0, 50), min_size=len(holders), max_size=len(holders))
-    tokens = draw(st.lists(counts, min_size=topology.ranks, max_size=topology.ranks))
-    return Placement.of(topology.ranks, holders), topology, tokens
-
-
-def destinations(
-    placement: Placement, topology: Topology, tokens: Sequence[Sequence[int]], source: int
-) -> list[list[tuple[int, int]]]:
-    """By expert pairs of a rank, ascending, and how many tokens `source` sends there."""
-    going = journeys(placement, topology, np.array(tokens), source).going.tolist()
-    return [[(rank, number) for rank, number in enumerate(numbers) if number] for numbers in going]
-
-
-def one_by_one(
-    held: Sequence[int], limit: Sequence[int], counts: Sequence[int], topology: Topology
-) -> Counter[tuple[int, int]]:
-    """The rule, for one expert, with a token and a place at a time: how many go from whom to whom."""
-    asking = [rank for rank, number in enumerate(counts) for _ in range(number)]
-    places = [rank for rank, number in zip(held, limit, strict=True) for _ in range(number)]
-    met: Counter[tuple[int, int]] = Counter()
-
-    def meet(senders: Iterable[int], receivers: Iterable[int]) -> None:
-        for pair in zip(list(senders), list(receivers), strict=False):
-            met[pair] += 1
-            asking.remove(pair[0])
-            places.remove(pair[1])
-
-    for rank in range(topology.ranks):
-        meet([each for each in asking if each == rank], [each for each in places if each == rank])
-    for node in range(topology.nodes):
-        near = [each for each in asking if topology.node(each) == node]
-        room = [each for each in places if topology.node(each) == node]
-        stay = min(len(near), len(room))
-        # Of equally spaced tokens each stays, so that of each rank a like part does.
-        chosen = [each for at, each in enumerate(near) if (at + 1) * stay // len(near) > at * stay // len(near)]
-        meet(chosen, room)
-    meet(asking, places)
-    assert not asking + places
-    return met
-
-
-@settings(deadline=None)
-@given(dispatches())
-def test_each_rank_knows_what_the_others_send_it(drawn: tuple[Placement, Topology, list[list[int]]]) -> None:
-    placement, topology, tokens = drawn
-    limits = quotas(placement, [sum(column) for column in zip(*tokens, strict=True)])
-    met = [
-        one_by_one(held, limit, [row[expert] for row in tokens], topology)
-        for expert, (held, limit) in enumerate(zip(placement.holders, limits, strict=True))
-    ]
-    ranks = range(topology.ranks)
-    for rank in ranks:
-        going, coming = journeys(placement, topology, np.array(tokens), rank)
-        assert going.tolist() == [[pairs[rank, other] for other in ranks] for pairs in met]
-        held = placement.held_by(rank)
-        assert coming.tolist() == [[met[expert][other, rank] for expert in held] for other in ranks]
-
-
-@settings(deadline=None)
-@given(dispatches())
-def test_every_token_is_computed_once_by_a_holder(drawn: tuple[Placement, Topology, list[list[int]]]) -> None:
-    placement, topology, tokens = drawn
-    received = [[0] * placement.ranks for _ in placement.holders]
-    for source, counts in enumerate(tokens):
-        sent = destinations(placement, topology, tokens, source)
-        assert [sum(number for _, number in pairs) for pairs in sent] == counts
-        for expert, pairs in enumerate(sent):
-            assert [rank for rank, _ in pairs] == sorted({rank for rank, _ in pairs})
-            for rank, number in pairs:
-                assert number > 0
-                assert rank in placement.holders[expert]
-                received[expert][rank] += number
-    limits = quotas(placement, [sum(column) for column in zip(*tokens, strict=True)])
-    for held, limit, got in zip(placement.holders, limits, received, strict=True):
-        assert [got[rank] for rank in held] == limit
-    assert computed(placement, tokens) == [sum(column) for column in zip(*received, strict=True)]
-
-
-@settings(deadline=None)
-@given(dispatches())
-def test_no_token_leaves_its_rank_or_its_node_that_could_stay(
-    drawn: tuple[Placement, Topology, list[list[int]]],
-) -> None:
-    placement, topology, tokens = drawn
-    limits = quotas(placement, [sum(column) for column in zip(*tokens, strict=True)])
-    sent = [destinations(placement, topology, tokens, source) for source in range(topology.ranks)]
-    for expert, (held, limit) in enumerate(zip(placement.holders, limits, strict=True)):
-        counts = [row[expert] for row in tokens]
-        by_holder = dict(zip(held, limit, strict=True))
-        for rank in held:
-            assert dict(sent[rank][expert]).get(rank, 0) == min(counts[rank], by_holder[rank])
-        for node in range(topology.nodes):
-            ranks = topology.ranks_of(node)
-            stayed = sum(number for rank in ranks for to, number in sent[rank][expert] if topology.node(to) == node)
-            room = sum(by_holder.get(rank, 0) for rank in ranks)
-            assert stayed == min(sum(counts[rank] for rank in ranks), room)
-
-
-@settings(deadline=None)
-@given(dispatches())
-def test_the_division_is_as_even_as_the_holders_allow(drawn: tuple[Placement, Topology, list[list[int]]]) -> None:
-    placement, _, tokens = drawn
-    loads = [sum(column) for column in zip(*tokens, strict=True)]
-    least = least_peak(placement, loads)
-    division = divide(placement, loads)
-    assert [sum(parts) for parts in division.taken] == pytest.approx(loads)
-    assert least * (1 - 1e-9) <= max(division.by_rank) <= least * 1.01 + 1e-9
-    assert max(computed(placement, tokens)) <= least * 1.01 + len(loads)
-
-
-def test_those_who_send_beyond_their_node_send_alike() -> None:
-    placement, topology = Placement.of(8, [[0, 4]]), Topology(8, 4)
-    tokens = [[0], [100], [100], [100], [0], [0], [0], [0]]
-    sent = [destinations(placement, topology, tokens, source)[0] for source in (1, 2, 3)]
-    assert sent == [[(0, 50), (4, 50)]] * 3
-
-
 def wandering(experts: int, ranks: int, seed: int, spread: float, steps: int) -> Iterator[list[list[int]]]:
     """tokens [ranks][experts], an iteration after another: Zipf 1.0, each expert's logarithm wandering by `spread`."""
     draw = random.Random(seed)
@@ -386,69 +241,3 @@ def test_calibration_saves_what_it_says(
     assert max(copies_of(sharded, found)) <= limits.slots
     seconds = (peak(placement, loads) - peak(found, loads)) * token * 1e-6
     assert seconds > Wire(LINK, 1e6).seconds(busiest(placement, found))
-
-
-def zipf_layers(layers: int, experts: int, seed: int) -> list[list[float]]:
-    draw = random.Random(seed)
-    found = []
-    for _ in range(layers):
-        loads = [1e5 / (place + 1) for place in range(experts)]
-        draw.shuffle(loads)
-        found.append(loads)
-    return found
-
-
-@settings(deadline=None)
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 4), st.integers(1, 12), st.data())
-def test_all_own_equally_many_experts(
-    layers: int, ranks: int, per_node: int, experts: int, data: st.DataObject
-) -> None:
-    owner = st.integers(0, ranks - 1)
-    current = [
-        Placement.sharded(data.draw(st.lists(owner, min_size=experts, max_size=experts)), ranks) for _ in range(layers)
-    ]
-    load = st.lists(st.integers(0, 1000), min_size=experts, max_size=experts)
-    loads = data.draw(st.lists(load, min_size=layers, max_size=layers))
-    found = reshard(current, loads, Topology(ranks, per_node), Limits(0, 0))
-    before, after = (
-        sum(peak(layer, of) for layer, of in zip(placements, loads, strict=True)) for placements in (current, found)
-    )
-    if found == tuple(current):
-        assert list(moves(current, found)) == []
-        return
-    assert after <= before * (1 - SAVING)
-    owned = [sum(len(layer.held_by(rank)) for layer in found) for rank in range(ranks)]
-    assert max(owned) - min(owned) <= 1
-    moved = list(map(list, ([held[0] for held in layer.holders] for layer in current)))
-    for move in moves(current, found):
-        assert moved[move.layer][move.expert] == move.sender != move.receiver
-        moved[move.layer][move.expert] = move.receiver
-    assert found == tuple(Placement.sharded(layer, ranks) for layer in moved)
-
-
-def test_experts_move_where_it_saves_much() -> None:
-    current = [Placement.even(4, 2)] * 2
-    loads = [[10, 10, 1, 1], [1, 1, 1, 1]]
-    found = reshard(current, loads, Topology(2, 2), Limits(0, 0))
-    assert [peak(layer, of) for layer, of in zip(found, loads, strict=True)] == [11, 2]
-    assert list(moves(current, found)) == [Move(0, 1, 0, 1), Move(0, 3, 1, 0)]
-    assert reshard(found, loads, Topology(2, 2), Limits(0, 0)) == found
-
-
-def test_experts_stay_where_copies_do_as_well_or_loads_are_nearly_even() -> None:
-    current, topology = [Placement.even(64, 32)] * 4, Topology(32, 8)
-    assert reshard(current, zipf_layers(4, 64, 0), topology, Limits(3, PLENTY)) == tuple(current)
-    even = [[100 + (expert + layer) % 4 for expert in range(64)] for layer in range(4)]
-    assert reshard(current, even, topology, Limits(0, 0)) == tuple(current)
-
-
-def test_a_shard_may_hold_no_expert_of_a_layer() -> None:
-    current, topology, none = [Placement.even(64, 8)] * 8, Topology(8, 4), Limits(0, 0)
-    loads = zipf_layers(8, 64, 1)
-    found = reshard(current, loads, topology, none)
-    counts = {len(layer.held_by(rank)) for layer in found for rank in range(8)}
-    assert len(counts) > 3
-    moved = list(moves(current, found))
-    assert 0 < len(moved) < 8 * 64 / 2
-    drifted = [[load * (1 + 0.01 * (place % 3)) for place, load in enumerate(layer)] for layer in loads]
-    assert reshard(found, drifted, topology, none) == found

@@ -131,7 +131,6 @@ def test_alpha_grows_with_link_time_and_memory(
     hosted = number * flying if flying > 1 else max(0, number - 2)
     assert plan.host_bytes == pytest.approx(hosted * layer.copied)
     assert (plan.limit == "nothing") == (plan.alpha == 1)
-    assert plan.buffer_bytes == pytest.approx((2 if flying == 1 else 3) * kept.total)
 
 
 def test_the_closed_form_by_hand() -> None:
@@ -219,7 +218,6 @@ def test_most_rows_are_all_that_one_rank_can_be_sent(make_job: Any) -> None:
     host = Host(55e9, 1, 2e12, 8)
     usual_plan, most_plan = (plan_swap(step, 0, host, 0.0, 5e-3, rows) for rows in ("expected", "most"))
     assert most_plan.alpha < usual_plan.alpha
-    assert most_plan.buffer_bytes > usual_plan.buffer_bytes
 
 
 def test_earlier_stages_hold_more_micro_batches(make_job: Any) -> None:
@@ -227,7 +225,6 @@ def test_earlier_stages_hold_more_micro_batches(make_job: Any) -> None:
     plans = [plan_swap(step, stage, ROOMY, 1.0) for stage in range(4)]
     each = [plan.host_bytes / plan.layers[0].copied for plan in plans]
     assert each == pytest.approx([4 * 8, 3 * 8, 2 * 8, 8 - 2])
-    assert [plan.buffers for plan in plans] == [3, 3, 3, 2]
     interleaved = plan_swap(step.at(Layout(pp=4, vpp=2), 1), 0, ROOMY, 1.0)
     assert interleaved.host_bytes / interleaved.layers[0].copied == pytest.approx((2 * 3 + 4 + 1) / 2 * 8)
 

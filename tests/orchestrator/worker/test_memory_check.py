@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from agent_end import AgentEnd
 from small_jobs import small_job, small_model
 
 from jobs.spec import JobSpec
 from orchestrator.control.memory_picture import plot_told_memory
-from orchestrator.messages import Event, RankLaunch, parse_report
+from orchestrator.messages import Event
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
 from orchestrator.worker.main import import_engine
 from orchestrator.worker.memory_check import MemoryCheck, grain_of
 from orchestrator.worker.ranks import Ranks
-from orchestrator.worker.reporter import Reporter
 from parallel.layout import Layout
 
 SWAPPED = {"offload_activations": 0.5, "recompute": "none"}
@@ -38,20 +37,9 @@ class Train:
 
     def __call__(self, rank: int) -> tuple[list[Any], list[Event]]:
         spec, layout, device = self.job, Layout.of(self.job.layout), torch.device("cpu")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        launch = RankLaunch(
-            run_id="run-1",
-            attempt=1,
-            rank=rank,
-            local_rank=rank,
-            store_address="",
-            store_port=1,
-            run_folder=str(self.folder),
-            job=spec,
-            checkpoint_steps=(),
-        )
+        agent = AgentEnd(spec, rank, self.folder or "")
         engine = import_engine(spec.engine, "cpu").build(spec, layout, device)
-        check = MemoryCheck(launch, layout, device, Reporter(launch, theirs.detach()))
+        check = MemoryCheck(agent.launch, layout, device, agent.reporter)
 
         def batches(step: int) -> Any:
             return micro_batches(global_batch(spec, step), layout.coordinates(rank)["dp"], layout.dp, 2)
@@ -63,13 +51,7 @@ class Train:
             with check.checked():
                 result = engine.train_step(step, 1e-2, batches(step))
             curve.append((result.loss, result.grad_norm, result.routed_rows))
-        ours.setblocking(False)
-        told = []
-        while True:
-            try:
-                told.append(parse_report(ours.recv(1 << 20)))
-            except BlockingIOError:
-                return curve, [report for report in told if isinstance(report, Event)]
+        return curve, agent.events()
 
 
 def _call(rank: int, what: Train) -> Any:

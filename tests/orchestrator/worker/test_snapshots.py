@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -11,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from agent_end import AgentEnd
 from small_jobs import small_job, small_model
 
 from jobs.spec import JobSpec
-from orchestrator.messages import Event, RankLaunch, parse_report
+from orchestrator.messages import Event
 from orchestrator.snapshot_memory import UNSUMMED, forget_from, headers, start, write_header
 from orchestrator.worker import snapshots
 from orchestrator.worker.exactness.batches import global_batch, micro_batches
 from orchestrator.worker.main import import_engine
 from orchestrator.worker.ranks import Ranks
-from orchestrator.worker.reporter import Reporter
 from orchestrator.worker.schedule import learning_rate
 from orchestrator.worker.snapshots import Snapshots, _Copy
 from parallel.layout import Layout
@@ -48,21 +47,10 @@ class Train:
 
     def __call__(self, rank: int) -> tuple[dict[int, tuple[float, float]], list[Event]]:
         spec, layout = self.job, Layout.of(self.job.layout)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        launch = RankLaunch(
-            run_id="run-1",
-            attempt=1,
-            rank=rank,
-            local_rank=rank,
-            store_address="",
-            store_port=1,
-            run_folder=str(self.folder),
-            job=spec,
-            checkpoint_steps=(),
-        )
+        agent = AgentEnd(spec, rank, self.folder)
         memory = os.open(self.folder / str(rank), os.O_RDWR | os.O_CREAT)
         engine = import_engine(spec.engine, "cpu").build(spec, layout, torch.device("cpu"))
-        kept = Snapshots(launch, memory, Reporter(launch, theirs.detach()))
+        kept = Snapshots(agent.launch, memory, agent.reporter)
         engine.before_update = kept.finish
         curve = {}
         for step in range((kept.restore(engine, 0) or 0) + 1, STEPS + 1):
@@ -72,13 +60,7 @@ class Train:
             kept.settle()
             kept.begin(engine, step)
         kept.settle()
-        ours.setblocking(False)
-        told = []
-        while True:
-            try:
-                told.append(parse_report(ours.recv(1 << 20)))
-            except BlockingIOError:
-                return curve, [report for report in told if isinstance(report, Event)]
+        return curve, agent.events()
 
 
 def train(ranks: Ranks, folder: Path, what: JobSpec) -> tuple[Any, list[Event]]:
@@ -141,23 +123,12 @@ def test_state_that_finds_no_room_is_not_kept_and_training_goes_on(
     curve, told = train(ranks, tmp_path, job("megatron in bf16"))
     assert (len(curve), told) == (STEPS, [])
     assert (tmp_path / "0").stat().st_size > 0
-    launch = RankLaunch(
-        run_id="run-1",
-        attempt=1,
-        rank=0,
-        local_rank=0,
-        store_address="",
-        store_port=1,
-        run_folder=str(tmp_path),
-        job=job("megatron in bf16"),
-        checkpoint_steps=(),
-    )
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    agent = AgentEnd(job("megatron in bf16"), 0, tmp_path)
     memory = os.open(tmp_path / "none", os.O_RDWR | os.O_CREAT)
     monkeypatch.setattr(snapshots, "available_bytes", lambda: 1000)
     monkeypatch.setattr(snapshots.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(snapshots.dist, "all_gather_object", lambda told, own: told.__setitem__(0, own))
-    kept = Snapshots(launch, memory, Reporter(launch, theirs.detach()))
+    kept = Snapshots(agent.launch, memory, agent.reporter)
 
     class Engine:
         def state(self) -> list[torch.Tensor]:
@@ -167,11 +138,12 @@ def test_state_that_finds_no_room_is_not_kept_and_training_goes_on(
     assert kept.restore(engine, 0) is None
     kept.begin(engine, 2)
     assert not kept.busy
-    report = parse_report(ours.recv(1 << 20))
-    assert isinstance(report, Event)
+    (report,) = agent.events()
     assert (report.kind, os.fstat(memory).st_size) == ("snapshots_off", 0)
 
 
+# On a CPU a copy ends before anybody could set something aside: that what is, is copied as it was, this test sees where
+# there is a GPU.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="set aside is what a device's link has not copied yet")
 def test_what_is_set_aside_is_copied_as_it_was_before_the_update() -> None:
     state = [torch.randn(size, device="cuda") for size in (3, 40_000_000, 0, 70_000_000, 5)]

@@ -24,7 +24,6 @@ from parallel.estimates.swapping import (
     ALONE,
     BESIDE_OTHERS,
     HOST_SHARE,
-    SLICE,
     copy_seconds,
     forward_seconds,
     hosted_bytes,
@@ -121,10 +120,6 @@ def test_as_many_layers_are_on_the_device_as_are_counted(
         while queue:
             queue.pop(0).backward()
     assert most == (ALONE if flying == 1 else BESIDE_OTHERS)
-
-
-def test_slices_are_those_of_the_runtime() -> None:
-    assert SLICE == offload.SLICE
 
 
 @given(
