@@ -59,6 +59,16 @@ class Figures:
     """There are for copies."""
     spans: list[tuple[Moment, Moment, str]] = field(default_factory=list)
 
+    @property
+    def link_bytes_per_second(self) -> float:
+        """Where something was copied."""
+        return self.copied / self.copying
+
+    @property
+    def layer_seconds(self) -> float:
+        """Of one's forward pass."""
+        return self.computing / self.layers
+
 
 class Swap:
     """Of one rank's layers, over all micro-batches. Its visits' `parallel.offload_visit.Passes`."""

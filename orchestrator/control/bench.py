@@ -44,7 +44,7 @@ def _measured(
     for line in told("benches", [what, *arguments], quiet=quiet):
         lines.append(line)
         # Of what takes long and wants a machine that is rarely had, each part is kept as soon as it is known.
-        if "result" in line and path is not None and any("machine" in each for each in lines):
+        if "result" in line and path is not None:
             path.write_text(json.dumps(_document(what, about, lines), indent=1) + "\n", encoding="utf-8")
     document = _document(what, about, lines)
     if not quiet:

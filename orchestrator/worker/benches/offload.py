@@ -15,16 +15,15 @@ from jobs.spec import JobSpec
 from models.megatron_specs import Layer
 from orchestrator.worker.benches.layers import forward_backward, loss_of, model_of, set_up
 from orchestrator.worker.benches.measure import Timed, seconds
+from orchestrator.worker.engines.swapping import by_measured_times
 from orchestrator.worker.host_memory import available_bytes
 from orchestrator.worker.profiling.timing import tell
 from parallel.estimates.swapping import HOST_SHARE
-from parallel.estimates.workload import Workload
 from parallel.host_link import Slab
 from parallel.layout import Layout
 from parallel.memory_forecast import Forecast, placed
 from parallel.memory_trace import rehearse, tracing
 from parallel.offload import Swap
-from parallel.swap import Host, plan_swap
 
 SHAPE = ("model=llama3_8b", "model.kv_heads=32", "model.ffn=11008", "model.vocab=32000")
 """Of Llama 2 7B."""
@@ -66,19 +65,17 @@ def way(job: JobSpec, tokens: Tensor, swap: Swap | None) -> Trained:
     return Trained(forward_backward(model, loss), short, swap)
 
 
-def closed_form(job: JobSpec, tokens: Tensor) -> tuple[float, dict[str, float]]:
+def measured_share(job: JobSpec, tokens: Tensor) -> tuple[float, dict[str, float]]:
     """The share of tokens to swap by measured times, and what it follows from."""
-    device = tokens.device
-    host = HOST_SHARE * available_bytes()
-    probe = way(job, tokens, Swap(device, 0.0, host))
-    assert probe.swap is not None
+    probe = Swap(tokens.device, 0.0, HOST_SHARE * available_bytes())
+    trained = way(job, tokens, probe)
     for _ in range(2):  # before the first the order of passes is not known
-        probe.swap.take_figures()
-        probe.step()
-    figures = probe.swap.take_figures()
-    link, layer = figures.copied / figures.copying, figures.computing / figures.layers
-    plan = plan_swap(Workload.of(job, Layout(), 1), 0, Host(link, 1, host, 1), layer)
-    return plan.alpha, {"link_bytes_per_second": link, "layer_seconds": layer, "host_bytes": plan.host_bytes}
+        probe.take_figures()
+        trained.step()
+    figures = probe.take_figures()
+    plan = by_measured_times(job, Layout(), 0, figures)
+    facts = {"link_bytes_per_second": figures.link_bytes_per_second, "layer_seconds": figures.layer_seconds}
+    return plan.alpha, facts | {"host_bytes": plan.host_bytes}
 
 
 def compare(device: torch.device, layers: int, sequence: int) -> Iterator[dict[str, Any]]:
@@ -86,7 +83,7 @@ def compare(device: torch.device, layers: int, sequence: int) -> Iterator[dict[s
     job = job_of(device, layers, sequence)
     tokens = set_up(job, device, 1, sequence)
     tell(doing="the link, and a layer")
-    share, facts = closed_form(job, tokens)
+    share, facts = measured_share(job, tokens)
     slab = Slab(HOST_SHARE * available_bytes(), device.type == "cuda")
     shares = sorted({share, min(share, MOST), 0.0}, reverse=True)
     for name, part in [(KEPT, None), (AGAIN, None), *((f"swapped, {part:.0%} of tokens", part) for part in shares)]:

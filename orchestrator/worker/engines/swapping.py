@@ -14,7 +14,7 @@ from parallel.estimates.swapping import HOST_SHARE
 from parallel.estimates.workload import Workload
 from parallel.layout import Layout
 from parallel.offload import WHOLE, Figures, Swap
-from parallel.swap import Host, plan_swap
+from parallel.swap import Host, SwapPlan, plan_swap
 
 SETTLED_STEP = 3
 """Of an attempt: the first step knows no order of passes, and pins memory."""
@@ -31,6 +31,13 @@ def swapping(job: JobSpec, device: torch.device) -> Swap | None:
     assert fraction != "auto", "a plan has made it a number"
     again = {"full": (WHOLE,), "selective": job.layout.options["recompute_modules"]}.get(job.layout.recompute or "", ())
     return Swap(device, fraction, HOST_SHARE * available_bytes() / job.cluster.devices_per_node, again=again)
+
+
+def by_measured_times(job: JobSpec, layout: Layout, stage: int, figures: Figures) -> SwapPlan:
+    """MEMO's closed form: what link and host would carry of a stage's layers. InputError as of `plan_swap`."""
+    step = Workload.of(job, layout, job.layout.micro_batch or 1)
+    host, layer = Host(figures.link_bytes_per_second, 1, figures.host_bytes, 1), figures.layer_seconds
+    return plan_swap(step, stage, host, layer, layer)
 
 
 class SwapNotices:
@@ -58,32 +65,31 @@ class SwapNotices:
             )
         if not figures.copied:
             return
-        link, layer = figures.copied / figures.copying, figures.computing / figures.layers
         does = "stalls" if figures.stalled > STALLS * seconds else "waits"
         message = (
-            f"activations of {figures.copied / 1e9:,.3f} GB a step go to host memory at {link / 1e9:,.1f} GB/s; "
+            f"activations of {figures.copied / 1e9:,.3f} GB a step go to host memory at "
+            f"{figures.link_bytes_per_second / 1e9:,.1f} GB/s; "
             f"computation {does} {figures.stalled:.3f} s of {seconds:.3f} for them"
         )
         data: dict[str, Any] = {
             "copied_bytes": figures.copied,
-            "link_bytes_per_second": link,
+            "link_bytes_per_second": figures.link_bytes_per_second,
             "stalled_seconds": figures.stalled,
-            "layer_seconds": layer,
+            "layer_seconds": figures.layer_seconds,
         }
-        said, data["hidden_fraction"] = self._hidden(link, layer, figures.host_bytes)
+        said, data["hidden_fraction"] = self._hidden(figures)
         yield "activations_swapped", message + said, data
 
-    def _hidden(self, link: float, layer: float, host_bytes: float) -> tuple[str, float | None]:
+    def _hidden(self, figures: Figures) -> tuple[str, float | None]:
         """The closed form's fraction by what was measured, and what it says of the job's."""
         if self._job.layout.recompute == "full":
             return "", None
-        workload = Workload.of(self._job, self._layout, self._job.layout.micro_batch or 1)
         try:
-            plan = plan_swap(workload, self._stage, Host(link, 1, host_bytes, 1), layer, layer)
+            plan = by_measured_times(self._job, self._layout, self._stage, figures)
         except InputError as error:
             return f"; {error}", None
         return (
-            f"; a layer's forward of {layer:.3g} s hides {plan.alpha:.0%} of tokens, of which "
+            f"; a layer's forward of {figures.layer_seconds:.3g} s hides {plan.alpha:.0%} of tokens, of which "
             f"{self._job.layout.offload_activations:.0%} are swapped",
             plan.alpha,
         )
