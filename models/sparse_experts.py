@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from kernels.permute import order_by_expert
 from models.sparse_trips import OnTheHost, Trip, Ways, packed
 from parallel.collectives import Lane, Spread, spreads
 from parallel.fssdp import WINDOW, LoadHistory, Means, calibrate
+from parallel.fssdp_journeys import Numbers
 from parallel.placement import Placement
 from parallel.replicas import Replicas, is_backward
 
@@ -98,7 +100,7 @@ class SparseExperts(nn.Module):
         self.held: dict[int, Place] = {}
         """By expert that this rank owns, ascending places, in whichever layer."""
         self.sharded = self.placement = self.even = even
-        self._loads = torch.zeros(self.experts, dtype=torch.int64)
+        self._loads: Numbers = np.zeros(self.experts, np.int64)
         self._copied: Replicas | None = None
         self._own: Stack | None = None
         """There from when copies were sent for until tokens depart."""
@@ -125,8 +127,8 @@ class SparseExperts(nn.Module):
 
     def taken_loads(self) -> Tensor:
         """Tokens of each expert since this was last asked, int64 [experts]."""
-        loads, self._loads = self._loads, torch.zeros_like(self._loads)
-        return loads
+        loads, self._loads = self._loads, np.zeros_like(self._loads)
+        return torch.from_numpy(loads)
 
     def send_for_copies(self, hidden: Tensor) -> Tensor:
         """Before the layer's attention; `depart` does it otherwise. Gives `hidden` itself."""
@@ -146,7 +148,7 @@ class SparseExperts(nn.Module):
         """
         if self._own is None:
             weights = self.send_for_copies(weights)
-        loads = self._gathered(counts).answer().sum(0).tolist()
+        loads = self._gathered(counts).answer().sum(0)
         weights, own, placement, replicas = self._completed(weights, loads)
         stacks = [own]
         for each in replicas:
@@ -183,8 +185,7 @@ class SparseExperts(nn.Module):
         set_out = packed(hidden, weights, order) if placement.is_in_order else None
         tokens, replicas = asked.answer(), []
         if here is None:
-            loads = tokens.sum(0).tolist()
-            hidden, own, further, replicas = self._completed(hidden, loads)
+            hidden, own, further, replicas = self._completed(hidden, tokens.sum(0))
             stacks = [own]
             if further is not placement:
                 placement, set_out = further, None
@@ -212,14 +213,14 @@ class SparseExperts(nn.Module):
         dist.all_gather_into_tensor(all_counts, counts, group=self._group)
         return OnTheHost(all_counts.view(self._ranks, self.experts))
 
-    def _completed(self, begun: Tensor, loads: Sequence[int]) -> tuple[Tensor, Stack, Placement, list[Replicas]]:
+    def _completed(self, begun: Tensor, loads: Numbers) -> tuple[Tensor, Stack, Placement, list[Replicas]]:
         """The copies that were sent for and, now that loads are known, more; `begun` itself; loads are remembered."""
         if self.training and not is_backward():  # once, if forward is computed again in it
-            self._loads += torch.tensor(loads)
+            self._loads += loads
         replicas, self._copied = [] if self._copied is None else [self._copied], None
         own, self._own = self._own, None
         assert own is not None
-        further = self._calibrated(loads)
+        further = self._calibrated(loads.tolist())
         if further is None:
             return begun, own, self.placement, replicas
         extra = self._copies(spreads(self.sharded, further, self.placement))

@@ -94,9 +94,7 @@ class Trip:
         moves = len(stacks) > 1 or not (order[1:] > order[:-1]).all()
         told = (ends, *_shift(lengths, order)) if moves else (ends,)
         there, *moved = on_device(told, device)
-        row_of = None
-        if moves:
-            row_of = torch.arange(sum(sizes), dtype=torch.int32, device=device) + _spread(*moved, sum(sizes))
+        row_of = _shifted(*moved, sum(sizes)) if moves else None
         return row_of, [part[: len(stack)] for part, stack in zip(there.split(padded), stacks, strict=True)], sizes
 
     def back(self, made: Tensor) -> Tensor:
@@ -143,22 +141,25 @@ def _by_receiver(order: Order, going: Numbers) -> Order:
     moved = (runs % going.shape[1]).argsort(kind="stable")
     if (moved[1:] > moved[:-1]).all():
         return order
-    shift, length = _shift(lengths, moved)
+    shift, ends = _shift(lengths, moved)
     back = np.empty_like(shift)
     back[moved] = -shift
-    told = on_device((np.concatenate((shift, back)), np.concatenate((length, lengths))), device)
-    row, to = (torch.arange(number, dtype=torch.int32, device=device) + _spread(*told, 2 * number).view(2, -1)).unbind()
+    # Both ways as one: what goes back follows what comes.
+    told = (np.concatenate((shift, back - number)), np.concatenate((ends, number + lengths.cumsum())))
+    row, to = _shifted(*on_device(told, device), 2 * number).split(number)
     row_of = to.index_select(0, order.row_of.flatten()).view_as(order.row_of)
     token_of, cell_of = order.token_of.index_select(0, row), order.cell_of.index_select(0, row)
     return Order(row_of, token_of, cell_of, order.counts)
 
 
 def _shift(lengths: Numbers, order: Numbers) -> tuple[Numbers, Numbers]:
-    """Of runs of rows that are put in this order: how far before it was each of them began, and its length."""
+    """Of runs of rows that are put in this order: how far before it was each of them began, and where it ends."""
     came, moved = lengths.cumsum() - lengths, lengths[order]
-    return came[order] - (moved.cumsum() - moved), moved
+    ends = moved.cumsum()
+    return came[order] - (ends - moved), ends
 
 
-def _spread(numbers: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """Each number as often as its length says, `total` in all."""
-    return numbers.repeat_interleave(lengths, output_size=total)
+def _shifted(shift: Tensor, ends: Tensor, total: int) -> Tensor:
+    """int32 [total], each number and the shift of its run: the runs' shifts, and where they end."""
+    row = torch.arange(total, dtype=torch.int32, device=ends.device)
+    return row + shift.index_select(0, torch.searchsorted(ends, row, right=True, out_int32=True))

@@ -99,6 +99,10 @@ def _show(document: dict[str, Any]) -> None:
             rows.append([shown, result["way"], *_figures(result, of)])
             if "sharing" in result:
                 notes.append(_shared(result))
+        if longer := result.get("times_as_long"):
+            notes.append(f"{result['way']}: {longer:.2f} times as long as the first")
+        if beside := result.get("beside_kept"):
+            notes.append(f"{result['way']}: peak {beside['peak']:+.1%}, time {beside['seconds']:+.1%} beside all kept")
         if predicted := result.get("predicted_peak_bytes"):
             notes.append(_predicted(result, predicted))
         if notice := result.get("predicted_notice"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import truediv
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ SMALL = ("model.hidden=64", "model.heads=4", "model.kv_heads=4", "model.head_dim
 """For a CPU."""
 
 KEPT, AGAIN, LEAST = "all kept", "layers recomputed", "swapped, 0% of tokens"
+
+FULL = 0.985
+"""Of memory, that a step of the longest sequence may take: the allocator's blocks do not fill it all."""
 
 MOST = 0.75
 """Of tokens: a share that leaves more memory than what the link would carry."""
@@ -85,6 +89,7 @@ def compare(device: torch.device, layers: int, sequence: int) -> Iterator[dict[s
     tell(doing="the link, and a layer")
     share, facts = measured_share(job, tokens)
     slab = Slab(HOST_SHARE * available_bytes(), device.type == "cuda")
+    kept: Timed | None = None
     shares = sorted({share, min(share, MOST), 0.0}, reverse=True)
     for name, part in [(KEPT, None), (AGAIN, None), *((f"swapped, {part:.0%} of tokens", part) for part in shares)]:
         free(device)
@@ -98,7 +103,12 @@ def compare(device: torch.device, layers: int, sequence: int) -> Iterator[dict[s
         trained.step()  # its order of passes is not known
         if swap is not None:
             swap.take_figures()
-        found = _figures(job, sequence, _measured(trained, device))
+        timed = _measured(trained, device)
+        kept = kept or timed
+        found = _figures(job, sequence, timed)
+        if name != KEPT:
+            peaks = (each.peak_bytes or 0 for each in (timed, kept))
+            found["beside_kept"] = {"peak": truediv(*peaks) - 1, "seconds": timed.median / kept.median - 1}
         found |= {"work": f"{layers} layers, sequence {sequence:,}", "way": name, **_foretold(forecast)}
         if swap is not None:
             figures = swap.take_figures()
@@ -143,35 +153,44 @@ def _foretold(forecast: Forecast) -> dict[str, Any]:
 
 
 def longest(device: torch.device, layers: int, unit: int, limit: int, share: float) -> Iterator[dict[str, Any]]:
-    """For each way the longest sequence that trains, in units of tokens, as two shorter ones foretell it; then run.
+    """For each way the longest sequence that trains, in units of tokens, as rehearsals foretell its peak; then run.
 
-    In a share of a GPU's memory: time grows with the square of what fits.
+    In a share of a GPU's memory: time grows with the square of what fits. A CPU runs two units.
     """
-    room = 0.0
+    room, first = 0.0, 0
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(share, device)
         room = share * torch.cuda.get_device_properties(device).total_memory
     for name, recompute, swaps in ((AGAIN, "full", False), (LEAST, "none", True)):
-        peaks = []
-        for length in (unit, 2 * unit):
-            tell(doing=f"{name}, {length:,} tokens")
-            timed = _once(device, layers, length, recompute, swaps)
-            assert timed is not None
-            peaks.append((length, timed.peak_bytes or 0))
-        (short, low), (long, high) = peaks
-        slope = max(1.0, (high - low) / (long - short))
-        length = min(limit, int((0.985 * room - low) / slope + short) // (unit // 4) * (unit // 4))
+        lengths = (limit // 16, limit // 8)
+        tell(doing=f"{name}: peaks, by shorter steps")
+        low, high = (_peak_foretold(device, layers, length, recompute, swaps) for length in lengths)
+        slope = (high - low) / (lengths[1] - lengths[0])
+        length = min(limit, int((FULL * room - low) / slope + lengths[0]) // unit * unit)
         length = max(length, 2 * unit)
         tell(doing=f"{name}, {length:,} tokens")
         while (found := _once(device, layers, length, recompute, swaps)) is None:
-            length -= unit // 4
+            length -= unit
             tell(doing=f"{name}, {length:,} tokens, since more did not fit")
-        job = job_of(device, layers, length)
-        yield _figures(job, length, found) | {
+        result: dict[str, Any] = {
             "work": f"{layers} layers, longest sequence in {share:.0%} of memory",
             "way": f"{name}: {length:,}",
-            "sequence": length,
         }
+        if first:
+            result["times_as_long"] = length / first
+        first = first or length
+        if found.peak_bytes is not None:
+            result["predicted_peak_bytes"] = round(low + slope * (length - lengths[0]))
+        yield _figures(job_of(device, layers, length), length, found) | result
+
+
+def _peak_foretold(device: torch.device, layers: int, sequence: int, recompute: str, swaps: bool) -> int:
+    """Bytes of a step, with weights."""
+    free(device)
+    job = job_of(device, layers, sequence, recompute)
+    tokens = set_up(job, device, 1, sequence)
+    swap = Swap(device, 0.0, HOST_SHARE * available_bytes()) if swaps else None
+    return rehearse(way(job, tokens, swap).short, sequence, 1, device).peak
 
 
 def _once(device: torch.device, layers: int, sequence: int, recompute: str, swaps: bool) -> Timed | None:

@@ -80,9 +80,9 @@ def longest(rank: int, kind: str) -> None:
     """The longest sequence that a device trains with layers recomputed, and with activations swapped."""
     device = _device(rank, kind)
     _ceiling(device)
-    unit, limit = (8_192, 1_048_576) if kind == "cuda" else (256, 1024)
+    unit, limit = (2_048, 1_048_576) if kind == "cuda" else (256, 4096)
     tell(doing="the longest sequence")
-    for found in offload.longest(device, 12, unit, limit, 1 / 6):
+    for found in offload.longest(device, 16, unit, limit, 1 / 4):
         tell(result=found)
 
 
