@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,9 +26,16 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 _told: set[tuple[str, ...]] = set()
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function as it is where there is no Triton and nobody will call it."""
-    return kernel if triton is None else triton.jit(kernel)
+def jit(kernel: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`triton.jit`, or the function as it is where there is no Triton and nobody will call it.
+
+    Triton compiles a kernel once more for whole numbers that are 1 or multiples of 16, and for addresses that are. Of
+    arguments that routing decides, and so another in every step, name those as `do_not_specialize` (numbers) and
+    `do_not_specialize_on_alignment` (addresses): else ranks wait for a compiler in the middle of a run.
+    """
+    if kernel is None:
+        return partial(jit, **options)
+    return kernel if triton is None else triton.jit(kernel, **options)
 
 
 @cache

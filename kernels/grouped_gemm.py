@@ -87,7 +87,7 @@ def _place(tile, down, across, TOGETHER: tl.constexpr):
     return group * TOGETHER + within % abreast, within // abreast
 
 
-@jit
+@jit(do_not_specialize=["rows", "experts"])
 def _rows_kernel(
     x,
     w,
@@ -150,7 +150,7 @@ def _clear(into, first, rows, width, program, PROGRAMS: tl.constexpr, COLUMNS: t
             tl.store(place, zeros, mask=c < width)
 
 
-@jit
+@jit(do_not_specialize=["experts"])
 def _experts_kernel(
     grad,
     x,
@@ -185,6 +185,10 @@ def _experts_kernel(
             right = tl.where(inside, x.load([full, column]), 0.0)
             total = tl.dot(left.T, right, total, input_precision="ieee")
         w.store([expert, row, column], total.to(w.dtype).reshape(1, ROWS, COLUMNS))
+
+
+_FEW = 16
+"""Experts, up to which one kernel serves any number: copies of experts may be more or fewer in every step."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,7 @@ def _by_rows(rows: Tensor, weights: Tensor, ends: Tensor, *, inner_first: bool) 
         inner,
         len(ends),
         INNER_FIRST=inner_first,
-        PADDED=max(2, triton.next_power_of_2(len(ends))),
+        PADDED=max(_FEW, triton.next_power_of_2(len(ends))),
         PROGRAMS=count,
         **tile.options,
     )

@@ -262,7 +262,7 @@ def _order_kernel(
     tl.store(cell_of + row, cell.to(tl.int64), mask=is_mine)
 
 
-@jit
+@jit(do_not_specialize=["count"])
 def _spread_kernel(grad, cell_of, spread, count, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < count
@@ -270,7 +270,7 @@ def _spread_kernel(grad, cell_of, spread, count, COLUMNS: tl.constexpr):
     tl.store(spread + cell, tl.load(grad + row, mask=inside, other=0.0), mask=inside)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["to"])
 def _place_kernel(part, to, rows, width, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -104,7 +104,7 @@ def _reason(wide: Tensor) -> str | None:
     return None if wide.element_size() <= 4 else "the kernel takes 16 and 32 bits"
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["weights"])
 def _forward_kernel(wide, weights, out, width, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -117,7 +117,7 @@ def _forward_kernel(wide, weights, out, width, WEIGHTED: tl.constexpr, COLUMNS: 
     tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["weights"])
 def _backward_kernel(
     grad,
     wide,

@@ -20,7 +20,7 @@ from jobs.architecture import ModelArchitecture
 from kernels.permute import order_by_expert
 from models.sparse_trips import OnTheHost, Trip, Ways, packed
 from parallel.collectives import Lane, Spread, spreads
-from parallel.fssdp import WINDOW, LoadHistory, Means, calibrate
+from parallel.fssdp import WINDOW, Means, calibrate
 from parallel.fssdp_journeys import Numbers
 from parallel.placement import Placement
 from parallel.replicas import Replicas, is_backward
@@ -117,13 +117,6 @@ class SparseExperts(nn.Module):
         self.owners.copy_(even)
         self.chosen.copy_(even)
         self.history.fill_(-1)
-
-    def remembered(self) -> LoadHistory:
-        loads = LoadHistory(self.experts)
-        for iteration in self.history.tolist():
-            if iteration[0] >= 0:
-                loads.add(iteration)
-        return loads
 
     def taken_loads(self) -> Tensor:
         """Tokens of each expert since this was last asked, int64 [experts]."""

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from models.sparse_experts import Place, SparseExperts
-from parallel.fssdp import materialise
+from models.sparse_trips import OnTheHost
+from parallel.fssdp import LoadHistory, materialise
+from parallel.fssdp_journeys import Numbers
 from parallel.fssdp_sharding import reshard
 from parallel.placement import Placement
 
@@ -38,23 +40,40 @@ class Owned:
         """Micro-batches come back from the last of the layers at once."""
         list(self.layers.values())[-1].turns = True
 
-    def decision(self) -> Callable[[], list[Placement]]:
-        """What finds, of what is remembered now, which experts of each layer to copy. Alike on all ranks."""
-        asked = [(each.sharded, each.remembered(), each.means.limits) for each in self.layers.values()]
-        return lambda: [materialise(sharded, loads.forecasts(), limits) for sharded, loads, limits in asked]
+    def remembered(self) -> OnTheHost:
+        """Loads [layers][iterations][experts]."""
+        return OnTheHost(torch.stack(self._histories))
+
+    def decision(self, remembered: Numbers) -> Callable[[], list[Placement]]:
+        """What finds which experts of each layer to copy. Alike on all ranks."""
+        asked = [
+            (each.sharded, loads, each.means.limits)
+            for each, loads in zip(self.layers.values(), remembered, strict=True)
+        ]
+        return lambda: [materialise(sharded, history(loads).forecasts(), limits) for sharded, loads, limits in asked]
 
     def copy(self, placements: Sequence[Placement]) -> None:
         """In the iteration that begins."""
         for layer, placement in zip(self.layers.values(), placements, strict=True):
             layer.placement = placement
 
-    def remember(self, replicas: dist.ProcessGroup) -> None:
-        """The loads of the iteration that ends. Collective over `replicas`, who own the same, and decide alike."""
-        device = next(iter(self.layers.values())).history.device
-        loads = torch.stack([layer.taken_loads() for layer in self.layers.values()]).to(device)
+    def remember(self, replicas: dist.ProcessGroup) -> OnTheHost:
+        """The loads of the iteration that ends; gives all that is remembered now.
+
+        Collective over `replicas`, who own the same, and decide alike.
+        """
+        loads = torch.stack([layer.taken_loads() for layer in self.layers.values()])
+        device = self._histories[0].device
+        if device.type != "cpu":
+            loads = loads.pin_memory().to(device, non_blocking=True)
         dist.all_reduce(loads, group=replicas)
-        for layer, mine in zip(self.layers.values(), loads, strict=True):
-            layer.history.copy_(torch.cat((layer.history[1:], mine[None])))
+        now = torch.cat((torch.stack(self._histories)[:, 1:], loads[:, None]), 1)
+        torch._foreach_copy_(self._histories, list(now.unbind()))
+        return OnTheHost(now)
+
+    @property
+    def _histories(self) -> list[torch.Tensor]:
+        return [layer.history for layer in self.layers.values()]
 
     def own(self, owners: Owners) -> None:
         """These are the owners, and have what they own. Experts of a rank lie by layer and number."""
@@ -87,7 +106,7 @@ class Owned:
         means = layers[0].means
         shardings = reshard(
             [layer.sharded for layer in layers],
-            [layer.remembered().predicted() for layer in layers],
+            [history(loads).predicted() for loads in self.remembered().answer()],
             means.topology,
             means.limits,
         )
@@ -110,3 +129,12 @@ class Owned:
             layer.held = {}
         for (number, expert), place in zip(self.experts, self.places, strict=True):
             self.layers[number].held[expert] = place
+
+
+def history(iterations: Numbers) -> LoadHistory:
+    """Of loads [iterations][experts], those before the first iteration below 0."""
+    loads = LoadHistory(iterations.shape[1])
+    for iteration in iterations.tolist():
+        if iteration[0] >= 0:
+            loads.add(iteration)
+    return loads

@@ -42,7 +42,7 @@ FASTER, BALANCED, BUSIEST = 1.3, 0.98, 1.1
 and the busiest rank of a layer has no more than so much of the mean, with Zipf's loads."""
 
 NATURAL, EVEN, SHUFFLED, WORST = "natural", "balanced", "Zipf 1.0", "Zipf 1.0, heaviest first"
-TIMED = {"cuda": 6, "cpu": 2}
+TIMED = {"cuda": 10, "cpu": 2}
 LEARNING_RATE = 1e-5
 
 SHAPES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from jobs.spec import JobSpec
 from models.sparse_experts import Place
 from models.sparse_owners import Owned, Owners
+from models.sparse_trips import OnTheHost
 from models.weights import Shard, whole
 from orchestrator.worker.engines.protocol import KEPT, Kept
 from parallel.collectives import Lane
@@ -53,33 +54,34 @@ class SharedExperts:
         self.owned = [each for each in owned if each is not None]
         self._group, self._replicas, self._state = group, replicas, state
         self._thread = ThreadPoolExecutor(1, "copies") if self.owned else None
+        self._remembered: list[OnTheHost] = []
         self._deciding: Future[list[list[Placement]]] | None = None
 
     def begin_step(self) -> None:
         """Copies are what the last step led to."""
         if self._deciding is None:
-            decided = [owned.decision()() for owned in self.owned]
+            decided = [owned.decision(owned.remembered().answer())() for owned in self.owned]
         else:
             decided, self._deciding = self._deciding.result(), None
         for owned, placements in zip(self.owned, decided, strict=True):
             owned.copy(placements)
 
     def remember(self) -> None:
-        """The step's loads, which are known; what to copy next is found while its update is made. Collective."""
-        if self._thread is None:
-            return
-        for owned in self.owned:
-            owned.remember(self._replicas)
-        asked = [owned.decision() for owned in self.owned]
-        self._deciding = self._thread.submit(lambda: [decide() for decide in asked])
+        """The step's loads, which are known before its update. Collective."""
+        self._remembered = [owned.remember(self._replicas) for owned in self.owned]
 
     def end_step(self, step: int) -> None:
-        """Collective."""
+        """The update is started: what to copy next is found while devices make it. Collective."""
         if step % RESHARDING_STEPS == 0:
             for owned in self.owned:
                 owned.choose()
             self.go_to_owners()
             self._deciding = None
+        elif self._thread is not None:
+            # Not before: two threads of Python take turns, and devices would wait for what starts the update.
+            remembered = [each.answer() for each in self._remembered]
+            asked = [owned.decision(loads) for owned, loads in zip(self.owned, remembered, strict=True)]
+            self._deciding = self._thread.submit(lambda: [decide() for decide in asked])
 
     @contextmanager
     def as_expert_parallel(self) -> Iterator[None]:

@@ -89,7 +89,8 @@ def test_each_axis_pays_for_itself_alone(make_job: Any, layout: dict[str, int], 
 
 def test_work_shrinks_with_the_ranks_that_share_it(make_job: Any) -> None:
     def compute(**layout: int) -> float:
-        return estimate(make_job, layout, model="llama3_8b", cluster="h100_x8").compute
+        # A small head: the loss of one that ranks share is more kernels than of a whole one.
+        return estimate(make_job, layout, model="llama3_8b", cluster="h100_x8", model_changes={"vocab": 1024}).compute
 
     assert compute(tp=2) < compute()
     # Two devices are as fast as the slower one.
