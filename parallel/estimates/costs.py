@@ -215,11 +215,7 @@ class _Shape:
 
 
 _SHAPED_BY = (
-    *(
-        field.name
-        for field in fields(Workload)
-        if field.name not in (*BY_STEP, "layout", "global_batch", "own_kernels")
-    ),
+    *(field.name for field in fields(Workload) if field.name not in (*BY_STEP, "layout", "global_batch")),
     *(f"layout.{degree}" for degree in ("tp", "cp", "ep", "etp", "sp")),
 )
 """On which the cost of a micro-batch depends: not on how many replicas and stages there are."""

@@ -90,18 +90,23 @@ def total(costs: Iterable[Cost]) -> Cost:
 def head(workload: Workload, hardware: Hardware, network: Network, ours: Software) -> Cost:
     """The output projection and the loss; logits are read and written as 16 bits, then as fp32 (4 and 3 times).
 
-    A fused loss reads them and writes their gradient, both as 16 bits, in forward.
+    Fused, the loss of a whole head reads them and writes their gradient over them, as 16 bits, in forward.
     """
     model, tp = workload.model, workload.layout.tp
     share = model.vocab // tp
     # The head stays in 16 bits where layers are in 8.
     precision = "bf16" if workload.precision == "fp8" else workload.precision
     made = linear(hardware, precision, workload.tokens, share, model.hidden)
-    if ours.loss_fused and tp == 1:
+    if _fused(workload, hardware) and tp == 1:
         loss = Seconds(moved(hardware, workload.tokens * share, 2, 1).forward, kernels=1)
     else:
         loss = moved(hardware, workload.tokens * share, 8 * ours.memory, 5)
     return total((_cost(made, loss, ours), _block(workload, network, ours), Cost(kernels=BATCH_KERNELS)))
+
+
+def _fused(workload: Workload, hardware: Hardware) -> bool:
+    """Whether the engine's kernels do what others leave to many: a CPU has none of them."""
+    return workload.own_kernels and hardware.processors > 1
 
 
 def _cost(products: Seconds, memory: Seconds, ours: Software) -> Cost:
@@ -250,9 +255,10 @@ def _experts(
     products += linear(hardware, workload.precision, rows, model.hidden, width, local)
     router = moved(hardware, tokens * model.experts, 6 * ours.memory, 10, 4)
     # Sorted by expert before they are sent and again where they arrive, and both ways back: read and written.
-    sorting = moved(hardware, copies * model.hidden, 8 if ours.moe_fused else 8 * ours.memory, 12, element)
+    fused = _fused(workload, hardware)
+    sorting = moved(hardware, copies * model.hidden, 8 if fused else 8 * ours.memory, 12, element)
     activation = moved(hardware, received * width, (gates + 1) * ours.memory, gates, element)
-    if ours.moe_fused:
+    if fused:
         activation = Seconds()
     gate = linear(hardware, workload.precision, tokens, model.experts, model.hidden)
     volume = element * copies * model.hidden

@@ -43,10 +43,6 @@ class Software:
     gradients_fused: bool = True
     """The product that makes a weight's gradient adds it to the sum; False: a kernel of its own does, each
     micro-batch."""
-    moe_fused: bool = False
-    """Rows are moved to experts and back at the memory's rate, and activations of experts are made within products."""
-    loss_fused: bool = False
-    """Where a rank has the whole head, the loss reads logits once and writes their gradient over them."""
     step_seconds: float = 0.0
     """Of a step, whatever its size: logging, loss scale, the optimizer's small kernels."""
 
@@ -64,9 +60,8 @@ FACTS = {
     # Megatron-LM's README of the H100 runs names its overlaps: gradients, weights, tensor-parallel blocks, sends.
     "Megatron-Core r0.8.0": Software(blocks_overlap=True),
     # Reduces gradients when the last micro-batch is done, and gathers weights before the next step; runs without the
-    # extension of APEX that gradient_accumulation_fusion needs. Its kernels (kernels/) make of a mixture and of the
-    # loss what others leave to many.
-    OURS: Software(gradients_hidden=0.0, weights_hidden=0.0, gradients_fused=False, moe_fused=True, loss_fused=True),
+    # extension of APEX that gradient_accumulation_fusion needs.
+    OURS: Software(gradients_hidden=0.0, weights_hidden=0.0, gradients_fused=False),
     # Its recipes of dense models set tp_comm_overlap.
     "Megatron-Core / Megatron-Bridge": Software(blocks_overlap=True),
     "Megatron-Bridge": Software(blocks_overlap=True),

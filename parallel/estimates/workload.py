@@ -66,7 +66,9 @@ class Workload:
     loss: Loss = "parallel"
     own_kernels: bool = False
     """The megatron engine's (kernels/): queries and keys are rotated in a pass of its own, and value stays where the
-    projection wrote all three; where one rank has the whole head its logits are made by chunks."""
+    projection wrote all three; where one rank has the whole head its logits are made by chunks. On a GPU rows go to
+    experts and back at the memory's rate, and activations of experts and the loss of a whole head are within products'
+    kernels or one of their own."""
     software: str = ""
     """What runs it, as calibrations name it; one that is not known gets arithmetic without residuals."""
     context_attention: Literal["gather", "ring", "ulysses"] = "gather"
