@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import selectors
@@ -47,6 +48,7 @@ def main() -> None:
 
     worker.import_engine(engine, device)
     import_filesystem(run_place)
+    gc.freeze()  # what was imported is nobody's garbage: each rank would look through it, and have it copied
     _send(control, {"kind": "ready", "pid": os.getpid(), "import_seconds": time.monotonic() - began})
     Zygote(control, report_fd, grace, worker.run, partial(worker.measure, device)).serve()
 

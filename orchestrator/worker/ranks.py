@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -85,6 +86,7 @@ def _rank(
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported is nobody's garbage
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         if device == "cuda":
