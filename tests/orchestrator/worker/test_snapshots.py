@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -142,8 +145,74 @@ def test_state_that_finds_no_room_is_not_kept_and_training_goes_on(
     assert (report.kind, os.fstat(memory).st_size) == ("snapshots_off", 0)
 
 
-# On a CPU a copy ends before anybody could set something aside: that what is, is copied as it was, this test sees where
-# there is a GPU.
+class Link:
+    """Stands for a device's stream and for the event on it: piece `late` ends when it `goes_on`."""
+
+    def __init__(self, late: int) -> None:
+        self.late, self.pieces = late, 0
+        self.waits, self.goes_on = threading.Event(), threading.Event()
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def record(self, stream: object) -> None: ...
+
+    def synchronize(self) -> None:
+        self.pieces += 1
+        if self.pieces == self.late:
+            self.waits.set()
+            assert self.goes_on.wait(60)
+
+
+@pytest.fixture
+def copied_late(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], tuple[_Copy, list[torch.Tensor], Link]]:
+    """Of a state whose pieces are two numbers, by a link where the piece of that number is late; room in bytes."""
+
+    def made(late: int, room: int) -> tuple[_Copy, list[torch.Tensor], Link]:
+        link = Link(late)
+        for name in ("Event", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda **_: link)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: room)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+        monkeypatch.setattr(snapshots, "_COPIED_BYTES", 8)
+        state = [torch.randn(size) for size in (1, 5, 0, 4)]
+        copy = _Copy(state, [torch.empty_like(tensor) for tensor in state])
+        copy._stream = cast(Any, link)
+        return copy, state, link
+
+    return made
+
+
+PIECES = 6
+"""Of 10 numbers, of which no two of different tensors fill one up."""
+
+
+@pytest.mark.parametrize("late", range(1, PIECES + 1))
+def test_an_update_that_comes_meanwhile_is_not_in_the_copy(copied_late: Any, late: int) -> None:
+    copy, state, link = copied_late(late, 1000)
+    before = [tensor.clone() for tensor in state]
+    thread = Thread(target=copy.run)
+    thread.start()
+    assert link.waits.wait(60)
+    assert copy.set_aside()
+    for tensor in state:
+        tensor.mul_(-2)
+    link.goes_on.set()
+    thread.join()
+    assert link.pieces == len(copy._pieces)
+    views = [view for _, targets in copy._pieces for view in targets]
+    assert torch.equal(torch.cat(views), torch.cat(before))
+
+
+def test_without_room_for_twice_as_much_nothing_is_set_aside(copied_late: Any) -> None:
+    for room, is_enough in ((79, False), (80, True)):  # ten numbers are 40 bytes
+        copy, _, _ = copied_late(0, room)
+        assert copy.set_aside() == is_enough
+        assert bool(copy._aside) == is_enough
+
+
+# The tests above see which pieces are set aside; that a device's own streams keep them apart from the update, this one
+# sees where there is a GPU.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="set aside is what a device's link has not copied yet")
 def test_what_is_set_aside_is_copied_as_it_was_before_the_update() -> None:
     state = [torch.randn(size, device="cuda") for size in (3, 40_000_000, 0, 70_000_000, 5)]
