@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from models.sparse_experts import Place, SparseExperts
-from models.sparse_trips import OnTheHost
+from models.sparse_trips import OnTheHost, sent
 from parallel.fssdp import LoadHistory, materialise
 from parallel.fssdp_journeys import Numbers
 from parallel.fssdp_sharding import reshard
@@ -62,10 +62,8 @@ class Owned:
 
         Collective over `replicas`, who own the same, and decide alike.
         """
-        loads = torch.stack([layer.taken_loads() for layer in self.layers.values()])
-        device = self._histories[0].device
-        if device.type != "cpu":
-            loads = loads.pin_memory().to(device, non_blocking=True)
+        taken = torch.stack([layer.taken_loads() for layer in self.layers.values()])
+        loads = sent(taken, self._histories[0].device)
         dist.all_reduce(loads, group=replicas)
         now = torch.cat((torch.stack(self._histories)[:, 1:], loads[:, None]), 1)
         torch._foreach_copy_(self._histories, list(now.unbind()))

@@ -126,11 +126,14 @@ class OnTheHost:
 
 
 def on_device(numbers: Sequence[Numbers | Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
-    """int32, in one copy; the host does not wait until a GPU has come to them."""
-    told = torch.from_numpy(np.concatenate(numbers).astype(np.int32))
-    if device.type != "cpu":
-        told = told.pin_memory().to(device, non_blocking=True)
+    """int32, in one copy."""
+    told = sent(torch.from_numpy(np.concatenate(numbers).astype(np.int32)), device)
     return told.split(list(map(len, numbers)))
+
+
+def sent(told: Tensor, device: torch.device) -> Tensor:
+    """What the host has, on the device; it does not wait until a GPU has come to it."""
+    return told if device.type == "cpu" else told.pin_memory().to(device, non_blocking=True)
 
 
 def _by_receiver(order: Order, going: Numbers) -> Order:

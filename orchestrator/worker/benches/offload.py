@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from operator import truediv
 from typing import Any
 
 import torch
@@ -107,8 +106,10 @@ def compare(device: torch.device, layers: int, sequence: int) -> Iterator[dict[s
         kept = kept or timed
         found = _figures(job, sequence, timed)
         if name != KEPT:
-            peaks = (each.peak_bytes or 0 for each in (timed, kept))
-            found["beside_kept"] = {"peak": truediv(*peaks) - 1, "seconds": timed.median / kept.median - 1}
+            assert timed.peak_bytes
+            assert kept.peak_bytes
+            less, longer = timed.peak_bytes / kept.peak_bytes - 1, timed.median / kept.median - 1
+            found["beside_kept"] = {"peak": less, "seconds": longer}
         found |= {"work": f"{layers} layers, sequence {sequence:,}", "way": name, **_foretold(forecast)}
         if swap is not None:
             figures = swap.take_figures()
@@ -190,7 +191,10 @@ def _peak_foretold(device: torch.device, layers: int, sequence: int, recompute: 
     job = job_of(device, layers, sequence, recompute)
     tokens = set_up(job, device, 1, sequence)
     swap = Swap(device, 0.0, HOST_SHARE * available_bytes()) if swaps else None
-    return rehearse(way(job, tokens, swap).short, sequence, 1, device).peak
+    told = rehearse(way(job, tokens, swap).short, sequence, 1, device)
+    if not told.peak:
+        raise RuntimeError(f"the peak of {sequence:,} tokens cannot be foretold: {told.notice}")
+    return told.peak
 
 
 def _once(device: torch.device, layers: int, sequence: int, recompute: str, swaps: bool) -> Timed | None:
